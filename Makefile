@@ -1,0 +1,45 @@
+# make demo: the main job on this machine.  make test: everything, real parts included (root, Debian).
+# /usr/bin/python3 first: other accounts of the testbed must be able to run a virtual environment made from it.
+PYTHON ?= $(shell for p in /usr/bin/python3 python3 python3.13 python3.12 python3.11; do \
+	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && { echo $$p; exit; }; done; echo python3)
+BIN = .venv/bin
+
+.PHONY: demo test lint bench docs setup setup-test testbed-packages
+
+setup: .venv/.setup
+
+.venv/.setup: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "flctl needs Python 3.11 or newer; $(PYTHON) is older: make PYTHON=/path/to/python3.11"; exit 1; }
+	@$(PYTHON) -c 'import venv, ensurepip' 2>/dev/null || { echo "Python's venv module is missing. On Debian: apt-get install python3-venv"; exit 1; }
+	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e .
+	@touch $@
+
+setup-test: .venv/.setup-test
+
+.venv/.setup-test: .venv/.setup
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test,lint]'
+	@touch $@
+
+demo: setup
+	@$(BIN)/flctl demo
+
+testbed-packages:
+	@$(BIN)/python -m tests.testbed packages
+
+test: setup-test testbed-packages
+	$(BIN)/python -m pytest
+
+lint: setup-test
+	$(BIN)/ruff check flctl tests
+	$(BIN)/ruff format --check flctl tests
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(BIN)/vermin -q -t=3.6- --no-tips flctl/payload/seal.py flctl/payload/batch.py
+
+docs: setup
+	@$(BIN)/python -m tests.commands_page
+
+bench: setup
+	@$(BIN)/python tests/bench_startup.py

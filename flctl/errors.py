@@ -1,0 +1,113 @@
+"""The tree of errors; each class has an exit code, each instance says what failed, why, and what to type next.
+
+FlctlError                 1  internal: a defect of flctl
+|-- UsageError             2  the command line cannot be meant
+|-- ConfigurationError     3  flctl.toml, a profile, a template, a secret's reference, a model folder
+|-- LoginNeeded            4  refused login, no agent, a code that may not be automated
+|   `-- CodeSpent             this time step's one-time code is used; says when the next one starts
+|-- SiteUnreachable        5  no route, refused, reset, timed out
+|-- JobFailed              6  a job ended without a valid record of success, or was refused by the scheduler
+|-- TransferFailed         7  rsync failed, or a hash differs
+|-- AggregationRefused     8  a contribution that may not be averaged, or too few of them
+|-- BudgetRefused          9  a budget or a quota would be exceeded
+|-- Locked                10  another flctl holds the lock for more than 5 s
+|-- WaitElapsed           11  --wait ran out
+|-- HostKeyRefused        12  unknown or changed host key
+`-- Interrupted          130  Ctrl-C, SIGTERM, SIGHUP
+"""
+
+
+class FlctlError(Exception):
+    """Something failed: `message` says what and why, `hint` what to type next, `site` where (None: at home)."""
+
+    exit_code = 1
+    code = "internal"
+
+    def __init__(self, message: str, *, hint: str = "", site: str | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.hint = hint
+        self.site = site
+
+    def __str__(self) -> str:
+        where = f"{self.site}: " if self.site else ""
+        return f"{where}{self.message}"
+
+
+class UsageError(FlctlError):
+    exit_code = 2
+    code = "usage"
+
+
+class ConfigurationError(FlctlError):
+    exit_code = 3
+    code = "configuration"
+
+
+class LoginNeeded(FlctlError):
+    exit_code = 4
+    code = "login_needed"
+
+
+class CodeSpent(LoginNeeded):
+    """The current time step's code was already used; `until` (Unix seconds) is when the next step begins."""
+
+    def __init__(self, message: str, *, until: float, hint: str = "", site: str | None = None) -> None:
+        super().__init__(message, hint=hint, site=site)
+        self.until = until
+
+
+class SiteUnreachable(FlctlError):
+    exit_code = 5
+    code = "site_unreachable"
+
+
+class JobFailed(FlctlError):
+    exit_code = 6
+    code = "job_failed"
+
+
+class TransferFailed(FlctlError):
+    exit_code = 7
+    code = "transfer_failed"
+
+
+class AggregationRefused(FlctlError):
+    exit_code = 8
+    code = "aggregation_refused"
+
+
+class BudgetRefused(FlctlError):
+    exit_code = 9
+    code = "budget_refused"
+
+
+class Locked(FlctlError):
+    exit_code = 10
+    code = "locked"
+
+
+class WaitElapsed(FlctlError):
+    exit_code = 11
+    code = "wait_elapsed"
+
+
+class HostKeyRefused(FlctlError):
+    exit_code = 12
+    code = "host_key"
+
+
+class Interrupted(FlctlError):
+    exit_code = 130
+    code = "interrupted"
+
+
+PRECEDENCE = (130, 1, 3, 12, 4, 5, 9, 7, 6, 8, 11)
+
+
+def exit_code_of(codes: "list[int]") -> int:
+    """The exit code of a command that met several errors: the first of PRECEDENCE that is among them."""
+    for code in PRECEDENCE:
+        if code in codes:
+            return code
+    return codes[0] if codes else 0
