@@ -1,0 +1,189 @@
+"""Where each tensor of a model folder lies, and reads of its bytes into given buffers.
+
+Files are read with pread: mapped pages would count as memory. Nothing is unpickled, and torch is not needed."""
+
+import os
+import stat
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+
+from flctl.errors import AggregationRefused
+from flctl.model.header import CHUNK, HEADER_LIMIT, INDEX_LIMIT, ITEMSIZE, Tensor, tensors_of, weight_map_of
+
+__all__ = ["CHUNK", "Reader", "Shard", "Shards", "Tensor", "open_shards"]
+
+KINDS = ("model", "adapter_model")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Shard:
+    """One safetensors file: its size, where its data begins, and its tensors in the order of their bytes."""
+
+    name: str
+    size: int
+    data: int
+    tensors: tuple[Tensor, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Shards:
+    """The weights of one model folder. `index` names the index file, if there is one; `site` whose weights they are
+    (None: our own), for the errors."""
+
+    folder: Path
+    site: str | None
+    index: str | None
+    files: tuple[Shard, ...]
+    tensors: dict[str, Tensor]
+
+    @property
+    def size(self) -> int:
+        return sum(shard.size for shard in self.files)
+
+
+def open_shards(folder: Path, *, site: str | None = None) -> Shards:
+    """The checked headers of a folder's weights. Raises AggregationRefused naming file, reason and site."""
+    index = _weights_of(folder, site)
+    weight_map: dict[str, str] = {}
+    names = [index]
+    if index.endswith(".json"):
+        weight_map = _weight_map(folder / index, site)
+        names = sorted(set(weight_map.values()))
+    files = tuple(_shard(folder / name, site) for name in names)
+    tensors: dict[str, Tensor] = {}
+    for shard in files:
+        for tensor in shard.tensors:
+            if tensor.name in tensors:
+                there = tensors[tensor.name].file
+                raise _refused(folder / shard.name, f"tensor {tensor.name!r} is in {there} as well", site)
+            tensors[tensor.name] = tensor
+    if weight_map:
+        _agree(folder / index, weight_map, tensors, site)
+    return Shards(folder=folder, site=site, index=index if weight_map else None, files=files, tensors=tensors)
+
+
+class Reader:
+    """Reads chunks of one model's tensors into given buffers. At most one file is open at a time, so that many
+    contributions of many shards stay within the limit of open files (256 on macOS)."""
+
+    def __init__(self, shards: Shards) -> None:
+        self._shards = shards
+        self._file = ""
+        self._descriptor = -1
+
+    def read(self, tensor: Tensor, start: int, into: memoryview) -> None:
+        """Fills `into` with the tensor's bytes from element `start` on."""
+        self._fill(tensor.file, tensor.begin + start * ITEMSIZE[tensor.dtype], into)
+
+    def header(self, shard: Shard) -> bytes:
+        """The bytes of a shard before its data, as they are."""
+        text = bytearray(shard.data)
+        self._fill(shard.name, 0, memoryview(text))
+        return bytes(text)
+
+    def _fill(self, file: str, offset: int, into: memoryview) -> None:
+        path = self._shards.folder / file
+        if file != self._file:
+            self.close()
+            self._descriptor, _ = _open(path, self._shards.site)
+            self._file = file
+        _fill(self._descriptor, offset, into, path, self._shards.site)
+
+    def close(self) -> None:
+        if self._descriptor >= 0:
+            os.close(self._descriptor)
+        self._file, self._descriptor = "", -1
+
+    def __enter__(self) -> "Reader":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def _refused(path: Path, reason: str, site: str | None) -> AggregationRefused:
+    return AggregationRefused(f"{path}: {reason}", site=site)
+
+
+def _weights_of(folder: Path, site: str | None) -> str:
+    """The one file to begin with: the only shard, or the index of several."""
+    choices = [f"{kind}.safetensors{suffix}" for kind in KINDS for suffix in ("", ".index.json")]
+    found = [name for name in choices if (folder / name).exists()]
+    if not found:
+        raise _refused(folder, "no model.safetensors and no model.safetensors.index.json", site)
+    if len(found) > 1:
+        raise _refused(folder, f"{' and '.join(found)} exclude each other; one must go", site)
+    return found[0]
+
+
+def _weight_map(path: Path, site: str | None) -> dict[str, str]:
+    descriptor, size = _open(path, site)
+    try:
+        if size > INDEX_LIMIT:
+            raise _refused(path, f"{size} bytes are too many for an index (limit {INDEX_LIMIT})", site)
+        return weight_map_of(_bytes(descriptor, 0, size, path, site))
+    except ValueError as error:
+        raise _refused(path, str(error), site) from error
+    finally:
+        os.close(descriptor)
+
+
+def _agree(path: Path, weight_map: dict[str, str], tensors: dict[str, Tensor], site: str | None) -> None:
+    for name, file in weight_map.items():
+        if name not in tensors or tensors[name].file != file:
+            raise _refused(path, f"tensor {name!r} is not in {file}", site)
+    for name, tensor in tensors.items():
+        if name not in weight_map:
+            raise _refused(path, f"tensor {name!r} of {tensor.file} is not listed", site)
+
+
+def _shard(path: Path, site: str | None) -> Shard:
+    descriptor, size = _open(path, site)
+    try:
+        if size < 8:
+            raise _refused(path, f"truncated: {size} bytes hold no header", site)
+        length = int.from_bytes(_bytes(descriptor, 0, 8, path, site), "little")
+        if length > HEADER_LIMIT:
+            raise _refused(path, f"a header of {length} bytes is too long (limit {HEADER_LIMIT})", site)
+        if 8 + length > size:
+            raise _refused(path, f"truncated: the header ends at byte {8 + length}, the file at {size}", site)
+        tensors = tensors_of(_bytes(descriptor, 8, length, path, site), file=path.name, size=size)
+    except ValueError as error:
+        raise _refused(path, str(error), site) from error
+    finally:
+        os.close(descriptor)
+    return Shard(name=path.name, size=size, data=8 + length, tensors=tensors)
+
+
+def _open(path: Path, site: str | None) -> tuple[int, int]:
+    """A descriptor of a regular file, and its size; a FIFO or a device must not hold us up."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+    except OSError as error:
+        raise _refused(path, os.strerror(error.errno or 0), site) from error
+    status = os.fstat(descriptor)
+    if not stat.S_ISREG(status.st_mode):
+        os.close(descriptor)
+        raise _refused(path, "not a regular file", site)
+    return descriptor, status.st_size
+
+
+def _bytes(descriptor: int, offset: int, size: int, path: Path, site: str | None) -> bytes:
+    buffer = bytearray(size)
+    _fill(descriptor, offset, memoryview(buffer), path, site)
+    return bytes(buffer)
+
+
+def _fill(descriptor: int, offset: int, into: memoryview, path: Path, site: str | None) -> None:
+    done = 0
+    while done < len(into):
+        try:
+            count = os.preadv(descriptor, [into[done:]], offset + done)
+        except OSError as error:
+            raise _refused(path, os.strerror(error.errno or 0), site) from error
+        if count == 0:
+            raise _refused(path, f"truncated: it ends before byte {offset + len(into)}", site)
+        done += count

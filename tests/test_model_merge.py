@@ -1,0 +1,387 @@
+"""The merge: numpy's bits for any shards, chunks and order of arrival; in bounded memory; whole or not at all."""
+
+import json
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from hashlib import sha256
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.numpy import load_file
+
+from flctl.errors import AggregationRefused, BudgetRefused, ConfigurationError, Interrupted
+from flctl.model.manifest import hash_folder
+from flctl.model.merge import Source, merge
+from flctl.model.shards import open_shards
+from flctl.records import FileEntry
+from tests.checkpoints import (
+    NUMPY,
+    Tensors,
+    is_finite,
+    random_values,
+    read_weights,
+    reference_fedavg,
+    same_bits,
+    write_weights,
+)
+
+SITES = ("brno", "leonardo", "karolina", "Ostrava", "brno-2")
+
+
+def sources(root: Path, models: Sequence[Tensors], weights: Sequence[float]) -> list[Source]:
+    found = []
+    for place, (tensors, weight) in enumerate(zip(models, weights, strict=True)):
+        folder = write_weights(root / f"from-{place}", tensors)
+        found.append(Source(site=SITES[place], number=place + 1, folder=folder, weight=weight))
+    return found
+
+
+def small(seed: int, value: float | None = None) -> dict[str, tuple[str, np.ndarray]]:
+    rng = np.random.default_rng(seed)
+    tensors = {
+        "embed": ("F32", rng.normal(size=(50, 8)).astype(np.float32)),
+        "norm": ("F16", rng.normal(size=8).astype(np.float16)),
+        "steps": ("I64", np.array([seed], np.int64)),
+    }
+    if value is not None:
+        tensors["embed"][1][3, 3] = value
+    return tensors
+
+
+@st.composite
+def merges(draw: st.DrawFn) -> tuple[list[Tensors], list[dict[str, str] | None], list[int], list[int], int]:
+    """(base and contributions, the shards of each, the contributions' weights, an order of arrival, a chunk size)."""
+    names = draw(st.lists(st.sampled_from([f"layer.{i}.w" for i in range(8)]), min_size=1, max_size=6, unique=True))
+    shapes = {name: draw(st.lists(st.integers(0, 9), max_size=3)) for name in names}
+    dtypes = {name: draw(st.sampled_from([*("BF16", "F32", "F16", "F64") * 2, *NUMPY])) for name in names}
+    count = draw(st.integers(1, 5))
+    rng = np.random.default_rng(draw(st.integers(0, 2**32)))
+    models, files = [], []
+    for _ in range(count + 1):
+        order = draw(st.permutations(names))
+        models.append({name: (dtypes[name], random_values(dtypes[name], shapes[name], rng)) for name in order})
+        files.append(draw(st.none() | st.fixed_dictionaries({name: st.sampled_from("123") for name in names})))
+    weights = draw(st.lists(st.integers(1, 10**6), min_size=count, max_size=count))
+    return models, files, weights, draw(st.permutations(range(count))), draw(st.sampled_from([1, 3, 64, 1 << 20]))
+
+
+@settings(max_examples=150, deadline=None)
+@given(merges())
+def test_a_merge_has_the_bits_of_the_numpy_reference(
+    case: tuple[list[Tensors], list[dict[str, str] | None], list[int], list[int], int],
+) -> None:
+    models, files, weights, arrival, chunk = case
+    with tempfile.TemporaryDirectory() as name:
+        root = Path(name)
+        base = write_weights(root / "base", models[0], files[0])
+        given_sources = [
+            Source(
+                site=SITES[place],
+                number=place + 1,
+                folder=write_weights(root / str(place), models[place + 1], files[place + 1]),
+                weight=weight,
+            )
+            for place, weight in enumerate(weights)
+        ]
+        ordered = sorted(range(len(weights)), key=lambda place: SITES[place])
+        expected = reference_fedavg(models[0], [(weights[place], models[place + 1]) for place in ordered])
+        arrived = [given_sources[place] for place in arrival]
+        if not is_finite(expected):  # shares that sum to a little over 1, and values next to the largest
+            with pytest.raises(AggregationRefused, match="too large"):
+                merge(base, arrived, root / "draft", chunk=chunk)
+            return
+        entries = merge(base, arrived, root / "draft", chunk=chunk)
+        assert same_bits(read_weights(root / "draft"), expected)
+        assert entries == hash_folder(root / "draft")
+        assert [entry.path for entry in entries] == sorted(path.name for path in base.iterdir())
+
+
+def test_order_of_arrival_and_chunk_size_do_not_change_a_byte(tmp_path: Path) -> None:
+    rng = np.random.default_rng(3)
+    models = [{"w": ("F32", rng.normal(size=(33, 7)).astype(np.float32))} for _ in range(3)]
+    base = write_weights(tmp_path / "base", models[0])
+    given_sources = sources(tmp_path, models, [5, 3, 2])
+    first = merge(base, given_sources, tmp_path / "draft-0")
+    for place, (chunk, order) in enumerate([(1, (2, 1, 0)), (7, (1, 0, 2)), (100, (2, 0, 1))], start=1):
+        arrived = [given_sources[number] for number in order]
+        assert merge(base, arrived, tmp_path / f"draft-{place}", chunk=chunk) == first
+
+
+def test_runs_of_one_site_are_added_by_their_number(tmp_path: Path) -> None:
+    models = [{"w": ("F32", random_values("F32", (500,), np.random.default_rng(seed)))} for seed in (1, 2, 4)]
+    numbers, weights = (10, 9, 2), (3, 5, 11)
+    folders = [write_weights(tmp_path / str(number), model) for number, model in zip(numbers, models, strict=True)]
+    given_sources = [
+        Source(site="brno", number=number, folder=folder, weight=weight)
+        for number, folder, weight in zip(numbers, folders, weights, strict=True)
+    ]
+    merge(folders[0], given_sources, tmp_path / "draft")
+    expected = reference_fedavg(models[0], list(zip(weights, models, strict=True))[::-1])
+    assert same_bits(read_weights(tmp_path / "draft"), expected)
+
+
+def test_a_library_that_switched_subnormals_off_does_not_change_a_bit(tmp_path: Path) -> None:
+    models = [{"w": ("F32", np.full(100_000, 2.0**-140, np.float32))}] * 2
+    torch.set_flush_denormal(True)
+    try:
+        merge(write_weights(tmp_path / "base", models[0]), sources(tmp_path, models, [1, 1]), tmp_path / "draft")
+    finally:
+        torch.set_flush_denormal(False)
+    assert same_bits(read_weights(tmp_path / "draft"), models[0])
+
+
+def test_torch_has_its_threads_back_after_a_merge(tmp_path: Path) -> None:
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        merge(write_weights(tmp_path / "base", small(0)), sources(tmp_path, [small(1)], [1]), tmp_path / "draft")
+        assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_files_headers_and_what_is_no_float_come_from_the_base(tmp_path: Path) -> None:
+    base = write_weights(tmp_path / "base", small(0), {"embed": "2", "norm": "1", "steps": "2"})
+    others = {
+        "config.json": "{}",
+        "tokenizer.json": "[]",
+        "LICENSE": "free",
+        "chat/template.jinja": "x",
+        "tokenizer.model": "spm",
+    }
+    left_out = (
+        "flctl.json",
+        "pytorch_model.bin",
+        "pytorch_model.bin.index.json",
+        "x.GGUF",
+        "old.safetensors",
+        ".hidden",
+    )
+    for name in (*others, *left_out):
+        (base / name).parent.mkdir(exist_ok=True)
+        (base / name).write_text(others.get(name, "x"))
+    given_sources = sources(tmp_path, [small(1), small(2)], [1, 1])
+    (given_sources[0].folder / "config.json").write_text('{"from": "a site"}')
+    entries = merge(base, given_sources, tmp_path / "draft")
+    shards = ["model-1.safetensors", "model-2.safetensors", "model.safetensors.index.json"]
+    assert [entry.path for entry in entries] == sorted([*others, *shards])
+    for name, text in others.items():
+        assert (tmp_path / "draft" / name).read_text() == text
+    for before, after in zip(open_shards(base).files, open_shards(tmp_path / "draft").files, strict=True):
+        contents = [(folder / before.name).read_bytes()[: before.data] for folder in (base, tmp_path / "draft")]
+        assert contents[0] == contents[1]
+        assert before.size == after.size
+    assert read_weights(tmp_path / "draft")["steps"][1].tolist() == [0]
+    assert load_file(tmp_path / "draft" / "model-2.safetensors")["embed"].shape == (50, 8)
+
+
+def test_the_manifest_holds_sizes_and_hashes_of_what_was_written(tmp_path: Path) -> None:
+    base = write_weights(tmp_path / "base", small(0))
+    (base / "config.json").write_text("{}")
+    entries = merge(base, sources(tmp_path, [small(1)], [1]), tmp_path / "draft")
+    for entry in entries:
+        content = (tmp_path / "draft" / entry.path).read_bytes()
+        assert entry == FileEntry(path=entry.path, size=len(content), sha256=sha256(content).hexdigest())
+    assert len(entries) == 2
+
+
+def test_progress_rises_to_the_size_of_the_weights(tmp_path: Path) -> None:
+    base = write_weights(tmp_path / "base", small(0), {"embed": "2", "norm": "1", "steps": "2"})
+    seen: list[int] = []
+    merge(base, sources(tmp_path, [small(1)], [1]), tmp_path / "draft", progress=seen.append, chunk=64)
+    assert seen == sorted(seen)
+    assert len(seen) > 5
+    assert seen[-1] == open_shards(base).size
+
+
+# Whole or not at all
+
+
+@pytest.mark.parametrize(("value", "what"), [(np.nan, "NaN"), (np.inf, "Inf"), (-np.inf, "Inf")])
+def test_a_value_that_turned_bad_after_the_gates_is_found_and_named(value: float, what: str, tmp_path: Path) -> None:
+    base = write_weights(tmp_path / "base", small(0))
+    with pytest.raises(AggregationRefused, match=f"leonardo.*tensor 'embed' holds {what}"):
+        merge(base, sources(tmp_path, [small(1), small(2, value), small(3)], [1, 1, 1]), tmp_path / "draft", chunk=10)
+    assert not (tmp_path / "draft").exists()
+
+
+def test_a_shard_truncated_under_the_merge_removes_the_draft(tmp_path: Path) -> None:
+    base = write_weights(tmp_path / "base", small(0))
+    given_sources = sources(tmp_path, [small(1), small(2)], [1, 1])
+
+    def shorten(_: int) -> None:
+        (given_sources[1].folder / "model.safetensors").write_bytes(b"")
+
+    before = hash_folder(base)
+    with pytest.raises(AggregationRefused, match="truncated") as refusal:
+        merge(base, given_sources, tmp_path / "draft", progress=shorten, chunk=10)
+    assert refusal.value.site == "leonardo"
+    assert not (tmp_path / "draft").exists()
+    assert hash_folder(base) == before
+
+
+def test_a_contribution_that_does_not_fit_is_refused_before_anything_is_written(tmp_path: Path) -> None:
+    base = write_weights(tmp_path / "base", small(0))
+    other = {**small(2), "more": ("F32", np.zeros(1, np.float32))}
+    with pytest.raises(AggregationRefused, match=r"leonardo.*'more' is not in the base"):
+        merge(base, sources(tmp_path, [small(1), other], [1, 1]), tmp_path / "draft")
+    assert not (tmp_path / "draft").exists()
+
+
+def test_stop_ends_the_merge_and_removes_the_draft(tmp_path: Path) -> None:
+    base = write_weights(tmp_path / "base", small(0))
+    asked: list[bool] = []
+
+    def stop() -> bool:
+        asked.append((tmp_path / "draft").is_dir())
+        return len(asked) == 4
+
+    with pytest.raises(Interrupted):
+        merge(base, sources(tmp_path, [small(1)], [1]), tmp_path / "draft", stop=stop, chunk=10)
+    assert asked == [True] * 4
+    assert not (tmp_path / "draft").exists()
+
+
+def test_a_folder_that_exists_is_left_alone(tmp_path: Path) -> None:
+    base = write_weights(tmp_path / "base", small(0))
+    before = hash_folder(base)
+    with pytest.raises(ConfigurationError, match="File exists"):
+        merge(base, sources(tmp_path, [small(1)], [1]), base)
+    assert hash_folder(base) == before
+
+
+def test_no_contribution_and_one_given_twice_are_refused(tmp_path: Path) -> None:
+    base = write_weights(tmp_path / "base", small(0))
+    with pytest.raises(AggregationRefused, match="nothing to merge"):
+        merge(base, [], tmp_path / "draft")
+    with pytest.raises(AggregationRefused, match="run 1 is given 2 times"):
+        merge(base, sources(tmp_path, [small(1)], [1]) * 2, tmp_path / "draft")
+
+
+def test_a_weight_that_is_not_positive_is_refused(tmp_path: Path) -> None:
+    base = write_weights(tmp_path / "base", small(0))
+    with pytest.raises(AggregationRefused, match="must be positive"):
+        merge(base, sources(tmp_path, [small(1), small(2)], [1, 0]), tmp_path / "draft")
+    assert not (tmp_path / "draft").exists()
+
+
+@pytest.fixture
+def little_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 4 MB of its own."""
+    place = tmp_path / "disk"
+    place.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "flctl-test", str(place)], check=True)
+    try:
+        yield place
+    finally:
+        subprocess.run(["umount", str(place)], check=True)
+
+
+def test_a_model_that_does_not_fit_on_the_disk_is_not_begun(tmp_path: Path, little_disk: Path) -> None:
+    model = {"w": ("F32", np.zeros(2 << 20, np.float32))}
+    base = write_weights(tmp_path / "base", model)
+    with pytest.raises(BudgetRefused, match="too full: 8,388,"):
+        merge(base, sources(tmp_path, [model], [1]), little_disk / "draft")
+    assert list(little_disk.iterdir()) == []
+
+
+def test_a_disk_that_fills_up_meanwhile_removes_the_draft(tmp_path: Path, little_disk: Path) -> None:
+    model = {"w": ("F32", np.ones(512 << 10, np.float32))}
+    base = write_weights(tmp_path / "base", model)
+    (little_disk / "previous").mkdir()
+    (little_disk / "previous" / "model").write_text("untouched")
+
+    def fill(written: int) -> None:
+        if not (little_disk / "filler").exists():
+            (little_disk / "filler").write_bytes(bytes(3 << 20))
+
+    with pytest.raises(BudgetRefused, match="disk is full: No space left") as refusal:
+        merge(base, sources(tmp_path, [model], [1]), little_disk / "draft", progress=fill, chunk=1 << 16)
+    assert refusal.value.exit_code == 9
+    assert f"make room in {little_disk}" in refusal.value.hint
+    assert sorted(path.name for path in little_disk.iterdir()) == ["filler", "previous"]
+    assert (little_disk / "previous" / "model").read_text() == "untouched"
+
+
+# Memory
+
+MEASURE = """
+import re, sys, torch
+from pathlib import Path
+from flctl.model.merge import Source, merge
+from flctl.model.verify import check
+def peak():  # not ru_maxrss, which a process inherits from the one that started it
+    return int(re.search(r"VmHWM:\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024
+root = Path(sys.argv[1])
+torch.ones(10).add_(1).sum()
+Path("/proc/self/clear_refs").write_text("5")  # the peak so far is forgotten: loading torch is not the merge
+before = peak()
+sources = [Source(site=f"s{n:02}", number=1, folder=root / "model", weight=1) for n in range(int(sys.argv[2]))]
+check(root / "model", root / "model", site="s00")
+merge(root / "model", sources, root / "draft")
+print(peak() - before)
+"""
+
+
+@pytest.mark.parametrize(("megabytes", "contributions"), [(200, 3), (50, 16)])
+def test_memory_stays_within_60_megabytes_over_torch(megabytes: int, contributions: int, tmp_path: Path) -> None:
+    """Whatever the model (the file is a hole, so that it costs no disk) and the number of contributions."""
+    elements = megabytes * 500_000
+    header = {"w": {"dtype": "BF16", "shape": [elements], "data_offsets": [0, elements * 2]}}
+    text = json.dumps(header).encode()
+    (tmp_path / "model").mkdir()
+    with (tmp_path / "model" / "model.safetensors").open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        file.truncate(8 + len(text) + elements * 2)
+    command = [sys.executable, "-c", MEASURE, str(tmp_path), str(contributions)]
+    growth = int(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+    (tmp_path / "draft" / "model.safetensors").unlink()
+    assert growth < 60e6
+
+
+# transformers opens what we wrote
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_transformers_opens_the_merged_model(tied: bool, tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        tie_word_embeddings=tied,
+        dtype="bfloat16",
+    )
+    folders = []
+    for place, shard_size in enumerate(["10KB", "5GB", "20KB"]):
+        torch.manual_seed(place)
+        folder = tmp_path / str(place)
+        LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder, max_shard_size=shard_size)
+        folders.append(folder)
+    assert len(list(folders[0].glob("*.safetensors"))) > 2
+    given_sources = [
+        Source(site=site, number=1, folder=folder, weight=weight)
+        for site, folder, weight in zip(("brno", "karolina"), folders[1:], (3, 1), strict=True)
+    ]
+    merge(folders[0], given_sources, tmp_path / "draft")
+    models = [read_weights(folder) for folder in folders]
+    expected = reference_fedavg(models[0], [(3, models[1]), (1, models[2])])
+    assert same_bits(read_weights(tmp_path / "draft"), expected)
+    assert ("lm_head.weight" in expected) is not tied
+
+    opened = AutoModelForCausalLM.from_pretrained(tmp_path / "draft")
+    state = opened.state_dict()
+    for name, (_, bits) in expected.items():
+        assert state[name].dtype == torch.bfloat16
+        assert state[name].view(torch.int16).numpy().tobytes() == bits.tobytes()
+    assert (opened.lm_head.weight.data_ptr() == opened.model.embed_tokens.weight.data_ptr()) is tied
+    assert opened(torch.arange(8).unsqueeze(0)).logits.isfinite().all()
