@@ -1,0 +1,62 @@
+"""Owns the one listing format: `id|STATE|submitted|started|ends|reason|name`, a job per line, the name last."""
+
+import re
+from collections.abc import Callable, Iterator
+
+from flctl.facility.scheduler import Activity, QueryFailed, Seen
+
+RECORD = re.compile(r"(\d+(?:[._+][\w\[\],%.:+-]+)?)\|(.*)", re.ASCII)
+"""Ids as schedulers print them: 73, 73_4, 73_[2-3%1], 73+1 (heterogeneous), 1700000000.4711 (local)."""
+
+
+def jobs(stdout: str, activity: Callable[[str], Activity]) -> tuple[Seen, ...]:
+    """The jobs of a listing; the first line of an id counts. Raises QueryFailed on text that is no listing."""
+    found: dict[str, Seen] = {}
+    for fields in _records(stdout):
+        found.setdefault(fields[0], _job(fields, activity))
+    return tuple(found.values())
+
+
+def _records(stdout: str) -> Iterator[list[str]]:
+    """The lines, split. A job's name may hold anything, also `|` and line ends: it comes last, and a line that is
+    no record continues the name before it."""
+    current: list[str] | None = None
+    for line in stdout.splitlines():
+        if match := RECORD.fullmatch(line):
+            fields = [match[1], *match[2].split("|", 5)]
+            if len(fields) != 7:
+                raise QueryFailed(f"a line of the listing is cut off: {line[:200]!r}")
+            if current is not None:
+                yield current
+            current = fields
+        elif current is not None:
+            current[6] += "\n" + line
+        elif line.strip():
+            raise QueryFailed(f"not a listing of jobs: {line[:200]!r}")
+    if current is not None:
+        yield current
+
+
+def _job(fields: list[str], activity: Callable[[str], Activity]) -> Seen:
+    job_id, words, submitted, starts, ends, reason, name = fields
+    state = words.split(" ")[0].rstrip("+").upper()
+    if not state:
+        raise QueryFailed(f"the listing gives no state of job {job_id}")
+    kind = activity(state)
+    notes = [words if " " in words else "", reason if reason not in ("None", "0:0") else ""]
+    return Seen(
+        id=job_id,
+        name=name,
+        state=state,
+        activity=kind,
+        submitted_at=_moment(submitted),
+        started_at=None if kind == Activity.WAITING else _moment(starts),
+        expected_start=_moment(starts) if kind == Activity.WAITING else None,
+        expected_end=None if kind == Activity.ENDED else _moment(ends),
+        reason="; ".join(note for note in notes if note),
+    )
+
+
+def _moment(text: str) -> float | None:
+    """Unix seconds. `N/A` and `Unknown` are none, and so is a local time, whose zone only the site knows."""
+    return float(text) if re.fullmatch(r"[1-9][0-9]{0,11}", text) else None

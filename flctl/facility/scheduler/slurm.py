@@ -1,0 +1,115 @@
+"""Owns Slurm's commands and what their answers mean (22.05 and its manual pages; slurm_errno.c)."""
+
+import re
+import shlex
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from flctl.facility.scheduler import Activity, QueryFailed, Seen, listing
+
+ME = '--user="$(id -un)"'
+"""`--me` came with Slurm 20.02 (squeue) and 22.05 (scancel); this is as good and older."""
+
+FILTERS = "SQUEUE_ACCOUNT SQUEUE_FORMAT2 SQUEUE_LICENSES SQUEUE_NAMES SQUEUE_PARTITION SQUEUE_QOS SQUEUE_USERS"
+"""Variables of the user's own that would hide jobs from the listing."""
+
+STATES = {
+    Activity.WAITING: (
+        *("PENDING", "CONFIGURING", "POWER_UP_NODE", "EXPEDITING"),
+        # The same id starts again later, or waits for a person to release it. seal.py admits one start only.
+        *("REQUEUED", "REQUEUE_FED", "REQUEUE_HOLD", "SPECIAL_EXIT", "RESV_DEL_HOLD"),
+    ),
+    Activity.ACTIVE: (
+        *("RUNNING", "COMPLETING", "SUSPENDED", "STOPPED", "SIGNALING", "RESIZING", "STAGE_OUT", "UPDATE_DB"),
+        "REVOKED",  # of a federation: another cluster started the job
+    ),
+    Activity.ENDED: (
+        *("COMPLETED", "FAILED", "TIMEOUT", "DEADLINE", "OUT_OF_MEMORY", "CANCELLED", "PREEMPTED"),
+        *("NODE_FAIL", "BOOT_FAIL", "LAUNCH_FAILED", "RECONFIG_FAIL"),
+    ),
+}
+"""Every state word that Slurm documents (squeue(1), sacct(1): base states and flags)."""
+
+_ACTIVITY = {word: activity for activity, words in STATES.items() for word in words}
+
+DOUBTFUL = re.compile(
+    r"timed out|unable to contact|communication|connection|transport endpoint|zero bytes|broken pipe|no route"
+    r"|message (?:send|receive)|unexpected message|temporarily unable|resource temporarily|try again|standby"
+    r"|authentication|credential|munge|unspecified error",
+    re.IGNORECASE,
+)
+"""The controller may have taken the job although sbatch says so."""
+
+DEFINITE = re.compile(
+    r"sbatch: (?:unrecognized|invalid|ambiguous) option|sbatch: option .* requires an argument"
+    r"|option '--?[\w-]+' (?:requires|doesn't allow|is ambiguous)"
+    r"|sbatch: error: (?:invalid|unknown|unable to open file|unable to read|this does not look like a batch script"
+    r"|batch script (?:contains|is empty)|--?[\w-]+ |\"[^\"]*\" is not a valid)"
+    r"|sbatch: fatal: (?:invalid|unable to process configuration|could not establish a configuration)"
+    r"|invalid (?:account|partition|qos|generic resource|feature|job|node|number|time|wckey|license|mpi|burst|cluster"
+    r"|user|group|working directory|dependency|memory|cpu)"
+    r"|requested (?:time limit|node configuration|reservation|partition|operation|topology|gres|nodes?) "
+    r"|(?:node|task|cpu) count specification invalid|more processors requested|too many|job size specification"
+    r"|memory specification can not be satisfied|memory required|violates accounting/qos policy"
+    r"|access/permission denied|permission denied|group not permitted|not permitted to use|not allowed"
+    r"|no (?:partition specified|account)|duplicate job|job script|pathname of a file|user not found|reached the limit"
+    r"|sbatch[^\n]*not found",
+    re.IGNORECASE,
+)
+"""The job was refused: an option, or the controller's words (slurm_errno.c)."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Slurm:
+    accounted_for: bool = True
+
+    def submit(self, script: str, token: str) -> str:
+        return f"sbatch --parsable --no-requeue --job-name={shlex.quote(token)} {shlex.quote(script)}"
+
+    def job_id(self, stdout: str) -> str | None:
+        """`--parsable` prints ID or ID;CLUSTER; a site's own wrapper may print more lines around it."""
+        found = re.findall(r"^([0-9]+)(?:;[A-Za-z0-9_.-]+)?$", stdout.strip(), re.MULTILINE)
+        return found[0] if len(found) == 1 else None
+
+    def refusal(self, text: str) -> str | None:
+        if DOUBTFUL.search(text):
+            return None
+        words = [line.strip() for line in text.splitlines() if DEFINITE.search(line)]
+        return "; ".join(words)[:500] or None
+
+    def queue(self) -> str:
+        """-a: hidden partitions too. Times as Unix seconds, since only the site knows the zone of its local time."""
+        return f"(unset {FILTERS}; SLURM_TIME_FORMAT=%s squeue -h -a -t all {ME} -o '%i|%T|%V|%S|%e|%r|%j')"
+
+    def seen(self, status: int, stdout: str, stderr: str) -> tuple[Seen, ...]:
+        """An unknown user gets an empty listing and exit status 0, but an error on stderr."""
+        if status != 0 or re.search(r"^(?:squeue|slurm_\w+)\b.*\b(?:error|fatal)\b", stderr, re.MULTILINE):
+            raise QueryFailed(_words("squeue", status, stderr))
+        return listing.jobs(stdout, activity_of)
+
+    def accounting(self, tokens: Sequence[str]) -> str | None:
+        """Without a start time sacct looks at today only. -X: jobs, not their steps."""
+        if not self.accounted_for:
+            return None
+        names = shlex.quote(",".join(tokens))
+        fields = "JobID,State,Submit,Start,End,ExitCode,JobName"
+        return f"SLURM_TIME_FORMAT=%s sacct -n -P -X -S now-30days --name={names} --format={fields}"
+
+    def accounted(self, status: int, stdout: str, stderr: str) -> tuple[Seen, ...] | None:
+        if re.search(r"accounting storage is disabled|sacct[^\n]*not found", stderr, re.IGNORECASE):
+            return None
+        if status != 0 or re.search(r"^(?:sacct|slurm\w*)\b.*\b(?:error|fatal)\b", stderr, re.MULTILINE):
+            raise QueryFailed(_words("sacct", status, stderr))
+        return listing.jobs(stdout, activity_of)
+
+    def cancel(self, token: str, job_id: str | None) -> str:
+        """By name only: ids start again where a controller lost its state, and the id may be another job's by now."""
+        return f"scancel {ME} --name={shlex.quote(token)}"
+
+
+def activity_of(state: str) -> Activity:
+    return _ACTIVITY.get(state, Activity.ACTIVE)
+
+
+def _words(program: str, status: int, stderr: str) -> str:
+    return f"{program} ended with status {status}: {stderr.strip()[-300:] or 'without a word'}"

@@ -1,0 +1,203 @@
+"""Owns job scripts: a template of the user's and the values of one attempt -> the text that a scheduler runs."""
+
+import re
+import shlex
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import PurePosixPath
+
+from flctl.errors import ConfigurationError
+from flctl.facility.profile import Site
+from flctl.facility.table import nearest
+
+PLACEHOLDER = re.compile(r"\{\{\s*([^{}\s]*)\s*\}\}")
+DIRECTIVE = re.compile(r"#(?:SBATCH|PBS)\s")
+COMMENT = re.compile(r"\s*#(?!(?:SBATCH|PBS)\s)")
+DIRECTIVE_VALUE = re.compile(r"[A-Za-z0-9_.,:/@+=-]*")
+
+
+@dataclass(frozen=True, slots=True)
+class Words:
+    """Shell words in which $NAME and ${NAME} stay the shell's; everything else means itself."""
+
+    words: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Lines:
+    """Whole lines, inserted as they are in place of a line that holds nothing but the placeholder."""
+
+    lines: tuple[str, ...]
+
+
+Value = str | Words | Lines
+
+
+def render(template: str, values: Mapping[str, Value], *, source: str) -> str:
+    """The template with each `{{name}}` replaced; `$` stays the shell's. `source` names the template in errors.
+
+    Comments stay as they are. In a shell line the value is one quoted word. In a directive (#SBATCH) it is plain text
+    of harmless characters, and a directive with an empty value goes away. ConfigurationError for an unknown name, a
+    value that is not printable text, and a placeholder inside quotes."""
+    lines: list[str] = []
+    for number, line in enumerate(template.removesuffix("\n").split("\n"), 1):
+        try:
+            lines += _rendered(line, values)
+        except ValueError as error:
+            raise ConfigurationError(f"{source}, line {number}: {error}", hint=f"correct {source}") from None
+    return "\n".join(lines) + "\n"
+
+
+def job_script(
+    site: Site,
+    template: str,
+    *,
+    token: str,
+    campaign: str,
+    run: PurePosixPath,
+    workdir: PurePosixPath,
+    payload: PurePosixPath,
+    data: str,
+) -> str:
+    """The job script of one attempt; the paths are absolute ones at the site."""
+    values = job_values(site, token=token, campaign=campaign, run=run, workdir=workdir, payload=payload, data=data)
+    return render(template, values, source=f"templates/{site.scheduler.kind}.sh")
+
+
+def job_values(
+    site: Site,
+    *,
+    token: str,
+    campaign: str,
+    run: PurePosixPath,
+    workdir: PurePosixPath,
+    payload: PurePosixPath,
+    data: str,
+) -> dict[str, Value]:
+    """Every name that a job template may use."""
+    shape, environment = site.shape, site.environment
+    return {
+        "token": token,
+        "campaign": campaign,
+        "site": site.name,
+        "run": str(run),
+        "workdir": str(workdir),
+        "payload": str(payload),
+        "data": data,
+        "account": shape.account,
+        "partition": shape.partition,
+        "qos": shape.qos,
+        "reservation": shape.reservation,
+        "nodes": str(shape.nodes),
+        "gpus": str(shape.gpus or ""),
+        "cpus": str(shape.cpus or ""),
+        "walltime": clock(shape.walltime),
+        "walltime_seconds": str(shape.walltime),
+        "warning": str(shape.warning),
+        "directives": Lines(tuple(f"#SBATCH {option}" for option in shape.extra)),
+        "environment": Lines(tuple(environment_lines(site))),
+        "seal_python": environment.seal_python,
+        "launch": Words(tuple(environment.launch.split())),
+        "python": Words((environment.python,)),
+        "trainer": Words((environment.trainer,)) if environment.trainer else f"{payload}/train.py",
+    }
+
+
+def environment_lines(site: Site) -> list[str]:
+    """The shell lines (for bash) that a program of the site's environment needs before it: modules, activation,
+    exports, proxy. A shell that is no login shell often lacks `module`; /etc/profile defines it."""
+    environment = site.environment
+    lines = ["type module >/dev/null 2>&1 || . /etc/profile"] if environment.modules else []
+    lines += [f"module load {shlex.quote(module)} || exit 1" for module in environment.modules]
+    lines += environment.activate
+    lines += [f"export {name}={shell_word(value)}" for name, value in environment.exports.items()]
+    if environment.proxy:
+        proxy = shlex.quote(environment.proxy)
+        lines += [f"export {name}={proxy}" for name in ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY")]
+    return lines
+
+
+def shell_word(text: str) -> str:
+    """One shell word in which $NAME, ${NAME} and a leading ~/ are the shell's and everything else means itself."""
+    if text == "~" or text.startswith("~/"):
+        text = "$HOME" + text[1:]
+    if "$" not in text:
+        return shlex.quote(text)
+    if re.search(r"""["\\`!]|\$(?![A-Za-z_]|\{[A-Za-z_]\w*\})""", text):
+        raise ValueError(f"{text!r} holds more of the shell than variables")
+    return f'"{text}"'
+
+
+def clock(seconds: int) -> str:
+    """A walltime as schedulers write it: HH:MM:SS, or D-HH:MM:SS from a day on."""
+    days, rest = divmod(seconds, 86400)
+    text = f"{rest // 3600:02d}:{rest // 60 % 60:02d}:{rest % 60:02d}"
+    return f"{days}-{text}" if days else text
+
+
+def _rendered(line: str, values: Mapping[str, Value]) -> list[str]:
+    if not line.replace("\t", " ").isprintable():
+        raise ValueError("holds a control character (saved with Windows line ends?)")
+    if COMMENT.match(line):
+        return [line]
+    places = list(PLACEHOLDER.finditer(line))
+    found = [_value(place[1], values) for place in places]
+    if len(places) == 1 and isinstance(found[0], Lines):
+        if places[0][0] != line.strip():
+            raise ValueError(f"{places[0][0]} stands for whole lines: give it a line of its own")
+        indent = line[: places[0].start()]
+        return [indent + text for text in found[0].lines]
+    directive = DIRECTIVE.match(line)
+    if directive and "" in found:
+        return []
+    text, end = "", 0
+    for place, value in zip(places, found, strict=True):
+        if isinstance(value, Lines):
+            raise ValueError(f"{place[0]} stands for whole lines: give it a line of its own")
+        if not directive and _quoted(line[: place.start()]):
+            raise ValueError(f"{place[0]} stands inside quotes: leave them away, the value brings its own")
+        text += line[end : place.start()] + (_in_directive if directive else _in_shell)(place[1], value)
+        end = place.end()
+    return [text + line[end:]]
+
+
+def _value(name: str, values: Mapping[str, Value]) -> Value:
+    if name not in values:
+        close = nearest(name, values)
+        advice = f"did you mean {{{{{close}}}}}?" if close else f"known: {', '.join(sorted(values))}"
+        raise ValueError(f"unknown name {{{{{name}}}}}; {advice}")
+    value = values[name]
+    parts = (value,) if isinstance(value, str) else value.words if isinstance(value, Words) else value.lines
+    if not all(part.isprintable() for part in parts):
+        raise ValueError(f"the value of {{{{{name}}}}} holds a control character")
+    return value
+
+
+def _in_directive(name: str, value: str | Words) -> str:
+    text = value if isinstance(value, str) else " ".join(value.words)
+    if not DIRECTIVE_VALUE.fullmatch(text):
+        raise ValueError(f"{{{{{name}}}}} is {text!r}, which may not stand in a directive of the scheduler")
+    return text
+
+
+def _in_shell(name: str, value: str | Words) -> str:
+    if isinstance(value, str):
+        return shlex.quote(value)
+    try:
+        return " ".join(shell_word(word) for word in value.words)
+    except ValueError as error:
+        raise ValueError(f"the value of {{{{{name}}}}}: {error}") from None
+
+
+def _quoted(prefix: str) -> bool:
+    """Whether a shell that has read this much of a line is inside quotes."""
+    inside = ""
+    characters = iter(prefix)
+    for character in characters:
+        if character == "\\" and inside != "'":
+            next(characters, None)
+        elif character == inside:
+            inside = ""
+        elif not inside and character in "'\"":
+            inside = character
+    return bool(inside)

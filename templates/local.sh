@@ -1,0 +1,71 @@
+#!/bin/bash
+# The job of one attempt where there is no batch system. A copy of this file in the campaign's templates/ may be changed
+# freely.
+# flctl replaces each {{name}} by a value that is quoted already (put no quotes around it); $ stays the shell's.
+
+umask 077
+set -u
+cd {{run}} || exit 1
+seal_python=$(command -v {{seal_python}}) || { echo error: there is no {{seal_python}} here; exit 1; }
+nonce=$(od -An -N16 -tx1 /dev/urandom | tr -d ' \n')   # tells this start from any other copy of the same job
+child='' caught='' woken=''
+
+# The last act: done.json says how it ended. Only the attempt's owner may write it, and only once.
+record() {
+  (
+    trap '' TERM USR1
+    exec "$seal_python" -I {{payload}}/seal.py finish \
+      --run {{run}} --nonce "$nonce" --status "$1" ${caught:+--signal "$caught"}
+  )
+}
+
+# The walltime is nearly over: the program saves and ends by itself, and what it saved counts.
+on_warning() {
+  woken=yes
+  [ -z "$child" ] || kill -USR1 "$child" 2>/dev/null
+}
+
+# Cancelled, preempted or out of time: SIGKILL may follow within seconds, so the record comes first.
+on_end() {
+  woken=yes caught=TERM
+  [ -z "$child" ] || kill -TERM "$child" 2>/dev/null
+  record 143
+}
+
+trap on_warning USR1
+trap on_end TERM
+trap 'record $?' EXIT
+
+# Take the attempt, or stop here: exit status 75 says that it belongs to another copy or was revoked.
+exports=$(
+  "$seal_python" -I {{payload}}/seal.py start --run {{run}} --workdir {{workdir}} --data {{data}} \
+    --walltime {{walltime_seconds}} --job-id "${FLCTL_JOB_ID:-}" --nonce "$nonce"
+)
+status=$?
+[ "$status" -ne 75 ] || trap - EXIT
+[ "$status" -eq 0 ] || exit "$status"
+[ -z "$caught" ] || exit 143
+eval "$exports"   # FLCTL_MODEL, FLCTL_OUT, FLCTL_DATA, FLCTL_ORDER, ...
+
+# What the program needs at this site, then the program. It is a shell of its own, so nothing in it reaches the record.
+# USR1 is ignored until the program asks for it: one that knows nothing of it is not killed by it.
+program() {
+  trap '' USR1
+  set +u
+  export PYTHONUNBUFFERED=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
+  {{environment}}
+  exec {{launch}} {{python}} {{trainer}}
+}
+
+# In the background, since bash runs no trap while it waits for a program in the foreground. A trap ends `wait` early.
+program &
+child=$!
+status=''
+while :; do
+  woken=''
+  wait "$child"
+  ended=$?
+  { [ "$ended" -eq 127 ] && [ -n "$status" ]; } || status=$ended   # 127: bash told the child's status already
+  [ -n "$woken" ] || break
+done
+exit "$status"
