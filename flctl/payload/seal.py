@@ -1,0 +1,304 @@
+#!/usr/bin/env python3
+"""Owns the truth about one attempt at a site: who may train (owner) and how it ended (done.json).
+
+    seal.py start   first line of a job: take `owner`, pin the base, print the job's environment
+    seal.py finish  last line of a job: hash what it made, write done.json
+    seal.py revoke  from the login host: take `owner` away from jobs that have not started
+
+Standard library only, Python 3.6 or newer: it runs with whatever python3 a facility has.
+Exit status: 0; 75 this copy may not train or seal (another owner, or revoked); 76 the base is not what was ordered.
+"""
+
+import argparse
+import hashlib
+import json
+import os
+import re
+import shlex
+import socket
+import sys
+import time
+
+SCHEMA = 1
+NOT_OWNER = 75
+WRONG_BASE = 76
+CHUNK = 1 << 20
+
+
+def sha256_of(path):
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        for chunk in iter(lambda: file.read(CHUNK), b""):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def files_below(folder):
+    """[{path, size, sha256}] of the regular files below a folder; links and special files are left out."""
+    entries = []
+    for place, folders, names in os.walk(folder):
+        folders.sort()
+        for name in sorted(names):
+            path = os.path.join(place, name)
+            if os.path.islink(path) or not os.path.isfile(path):
+                continue
+            relative = os.path.relpath(path, folder).replace(os.sep, "/")
+            entries.append({"path": relative, "size": os.path.getsize(path), "sha256": sha256_of(path)})
+    return entries
+
+
+def folder_sha256(folder):
+    """sha256 of the sorted lines `<sha256>  <relative path>`, flctl.json left out."""
+    lines = sorted("%s  %s\n" % (e["sha256"], e["path"]) for e in files_below(folder) if e["path"] != "flctl.json")
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+
+def write_json(path, data):
+    """By temporary name, fsync and rename: a reader sees the whole record or none."""
+    draft = "%s.%d" % (path, os.getpid())
+    with open(draft, "w") as file:
+        json.dump(data, file, indent=1, sort_keys=True)
+        file.write("\n")
+        file.flush()
+        os.fsync(file.fileno())
+    os.rename(draft, path)
+    folder = os.open(os.path.dirname(os.path.abspath(path)), os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+def read_json(path):
+    try:
+        with open(path) as file:
+            return json.load(file)
+    except (OSError, ValueError):
+        return None
+
+
+def take_owner(run, claim):
+    """Become the owner of the attempt, or learn who is: link(2) from a file that already holds the claim is atomic on
+    every shared file system. A retransmitted link over NFS may report EEXIST for our own success: the nonce tells."""
+    owner, draft = os.path.join(run, "owner"), os.path.join(run, ".owner.%s" % claim["nonce"])
+    write_json(draft, claim)
+    try:
+        os.link(draft, owner)
+    except OSError:
+        if not os.path.exists(owner):
+            raise
+    finally:
+        os.unlink(draft)
+    return read_json(owner) or {}
+
+
+def newest_model(workdir):
+    versions = [n for n in os.listdir(os.path.join(workdir, "models")) if re.match(r"^\d+$", n)]
+    if not versions:
+        raise SystemExit("seal.py: error: there is no model below %s" % workdir)
+    return max(versions, key=int)
+
+
+def resolve_base(order, workdir):
+    """(folder name, sha256 or None) of the base the order asks for, as of now."""
+    base = order["base"]
+    if base["version"] == "newest":
+        return newest_model(workdir), None
+    return "%04d" % base["version"], base.get("sha256")
+
+
+def margin_of(order, walltime, size):
+    """Seconds before the walltime by which out/ must be complete: saving and hashing at 50 MB/s and a constant."""
+    asked = order.get("margin", 30 + 3 * size / 50e6)
+    return min(asked, walltime / 2.0)
+
+
+def start(options):
+    began = time.time()
+    order = read_json(os.path.join(options.run, "order.json"))
+    if order is None:
+        raise SystemExit("seal.py: error: %s/order.json cannot be read" % options.run)
+    version, expected = resolve_base(order, options.workdir)
+    claim = {
+        "by": "job",
+        "job_id": options.job_id,
+        "nonce": options.nonce,
+        "time": began,
+        "host": socket.gethostname(),
+        "base": version,
+    }
+    owner = take_owner(options.run, claim)
+    if owner.get("nonce") != options.nonce:
+        sys.stderr.write(
+            "seal.py: this attempt belongs to %s %s; this copy stops here\n"
+            % (owner.get("by", "somebody"), owner.get("job_id") or "")
+        )
+        return NOT_OWNER
+    model = os.path.join(options.workdir, "models", version)
+    subjects = [(os.path.join(options.workdir, "models", s["name"]), s["sha256"]) for s in order.get("subjects", [])]
+    for folder, digest in [(model, expected)] * (not subjects) + subjects:
+        problem = differs(folder, digest)
+        if problem:
+            with open(os.path.join(options.run, "problem"), "w") as file:
+                file.write(problem)
+            sys.stderr.write("seal.py: error: %s\n" % problem)
+            return WRONG_BASE
+    sys.stdout.write(environment(options, order, model, [folder for folder, _ in subjects], began))
+    return 0
+
+
+def differs(folder, expected):
+    """What is wrong with a model folder, or an empty string."""
+    if not os.path.isdir(folder):
+        return "the model folder %s is missing" % folder
+    if expected and folder_sha256(folder) != expected:
+        return "the model in %s is not the one that was ordered: its sha256 differs" % folder
+    return ""
+
+
+def environment(options, order, model, subjects, began):
+    """The job's environment as shell lines."""
+    out, state = os.path.join(options.run, "out"), os.path.join(options.workdir, "state")
+    os.makedirs(out)
+    if not os.path.isdir(state):
+        os.makedirs(state)
+    size = sum(os.path.getsize(os.path.join(model, n)) for n in os.listdir(model)) if os.path.isdir(model) else 0
+    values = [
+        ("FLCTL_MODEL", model),
+        ("FLCTL_OUT", out),
+        ("FLCTL_DATA", options.data),
+        ("FLCTL_STATE", state),
+        ("FLCTL_FROZEN", ""),
+        ("FLCTL_ORDER", os.path.join(options.run, "order.json")),
+        ("FLCTL_STEPS", order["steps"]),
+        ("FLCTL_GLOBAL_STEP", order["global_step"]),
+        ("FLCTL_TOTAL_STEPS", order["total_steps"]),
+        ("FLCTL_SEED", order["seed"]),
+        ("FLCTL_DEADLINE", int(began + options.walltime - margin_of(order, options.walltime, size))),
+        ("FLCTL_SUBJECTS", "\n".join(subjects)),
+    ]
+    return "".join("export %s=%s\n" % (name, shlex.quote(str(value))) for name, value in values)
+
+
+def last_error(run):
+    """The last line of the job's log that says error, for the record's reason."""
+    try:
+        with open(os.path.join(run, "log"), "rb") as file:
+            file.seek(max(0, os.path.getsize(file.name) - 65536))
+            lines = file.read().decode("utf-8", "replace").splitlines()
+    except OSError:
+        return ""
+    for line in reversed(lines):
+        if re.search(r"\berror\b", line, re.IGNORECASE):
+            return "".join(c for c in line if c.isprintable())[:300]
+    return ""
+
+
+def judge(options, order, metrics, files):
+    """The reason why this attempt failed; empty if it did what was ordered."""
+    if options.signal:
+        return "ended by SIG%s (cancelled, preempted or over the time limit)" % options.signal
+    if options.status != 0:
+        problem = os.path.join(options.run, "problem")
+        if os.path.exists(problem):
+            with open(problem) as file:
+                return file.read()[:300]
+        said = last_error(options.run)
+        return "the program exited with status %d%s" % (options.status, ": " + said if said else "")
+    if not isinstance(metrics, dict):
+        return "the program wrote no metrics.json"
+    if order["work"] == "train":
+        if not any(entry["path"].endswith(".safetensors") for entry in files):
+            return "the program wrote no safetensors"
+        for key in ("steps", "samples", "tokens"):
+            if type(metrics.get(key)) is not int or metrics[key] < 1:
+                return "metrics.json needs a positive whole number `%s`" % key
+    return ""
+
+
+def finish(options):
+    owner = read_json(os.path.join(options.run, "owner")) or {}
+    if owner.get("nonce") != options.nonce:
+        return NOT_OWNER
+    record = os.path.join(options.run, "done.json")
+    if os.path.exists(record):
+        return 0
+    order = read_json(os.path.join(options.run, "order.json"))
+    out = os.path.join(options.run, "out")
+    metrics = read_json(os.path.join(out, "metrics.json"))
+    files = [] if options.status != 0 or options.signal else files_below(out)
+    reason = judge(options, order, metrics, files)
+    counts = metrics if isinstance(metrics, dict) else {}
+    base = dict(order["base"], version=int(owner["base"]))
+    write_json(
+        record,
+        {
+            "schema": SCHEMA,
+            "token": order["token"],
+            "campaign": order["campaign"],
+            "site": order["site"],
+            "number": order["number"],
+            "attempt": order["attempt"],
+            "work": order["work"],
+            "outcome": "failed" if reason else "done",
+            "reason": reason,
+            "exit_status": options.status,
+            "base": base,
+            "steps": counts.get("steps", 0),
+            "samples": counts.get("samples", 0),
+            "tokens": counts.get("tokens", 0),
+            "claimed_at": claimed_at(options.run),
+            "started_at": owner["time"],
+            "ended_at": time.time(),
+            "job_id": owner["job_id"],
+            "host": owner["host"],
+            "files": files,
+            "metrics": metrics,
+        },
+    )
+    return 0
+
+
+def claimed_at(run):
+    try:
+        with open(os.path.join(run, "claim", "at")) as file:
+            return float(file.read())
+    except (OSError, ValueError):
+        return None
+
+
+def revoke(options):
+    """Take the attempt away from every job that has not started. Prints the owner, whoever it is."""
+    owner = take_owner(options.run, {"by": "flctl", "job_id": None, "nonce": options.nonce, "time": time.time()})
+    json.dump(owner, sys.stdout)
+    sys.stdout.write("\n")
+    return 0
+
+
+def main():
+    parser = argparse.ArgumentParser(prog="seal.py")
+    commands = parser.add_subparsers(dest="command")
+    for command in (start, finish, revoke):
+        sub = commands.add_parser(command.__name__)
+        sub.set_defaults(action=command)
+        sub.add_argument("--run", required=True)
+        sub.add_argument("--nonce", required=True)
+        if command is start:
+            sub.add_argument("--workdir", required=True)
+            sub.add_argument("--data", required=True)
+            sub.add_argument("--walltime", type=float, required=True)
+            sub.add_argument("--job-id", default="")
+        if command is finish:
+            sub.add_argument("--status", type=int, required=True)
+            sub.add_argument("--signal", default="")
+    options = parser.parse_args()
+    if not options.command:
+        parser.error("start, finish or revoke?")
+    if not re.match(r"^[A-Za-z0-9]{1,64}$", options.nonce):
+        parser.error("a nonce is letters and digits")
+    os.umask(0o077)
+    return options.action(options)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,48 @@
+"""A trainer that is not PyTorch: a small user of the job contract, for tests of everything around it.
+
+`train.behave` of the order says what it does: good | fail | nan | shape | missing | hang | silent."""
+
+import json
+import os
+import sys
+import time
+from pathlib import Path
+
+import numpy
+from safetensors.numpy import load_file, save_file
+
+order = json.loads(Path(os.environ["FLCTL_ORDER"]).read_text())
+behave = order["train"].get("behave", "good")
+out = Path(os.environ["FLCTL_OUT"])
+print("trainer: begins", flush=True)
+time.sleep(order["train"].get("seconds", 0))
+if order["work"] == "evaluate":
+    scores = {s["name"]: {"loss": 1.0, "perplexity": 2.7, "tokens": 10} for s in order["subjects"]}
+    (out / "metrics.json").write_text(json.dumps({"evaluation": scores, "seconds": 0.1, "device": "cpu"}))
+    sys.exit(0)
+if behave == "fail":
+    print("trainer: error: the data is spoilt", flush=True)
+    sys.exit(3)
+if behave == "hang":
+    time.sleep(3600)
+if behave == "silent":
+    sys.exit(0)
+tensors = load_file(Path(os.environ["FLCTL_MODEL"]) / "model.safetensors")
+dice = numpy.random.default_rng(int(os.environ["FLCTL_SEED"]))
+for name, tensor in tensors.items():
+    tensors[name] = (tensor + 0.01 * dice.standard_normal(tensor.shape)).astype(tensor.dtype)
+first = sorted(tensors)[0]
+if behave == "nan":
+    tensors[first].flat[0] = numpy.nan
+if behave == "shape":
+    tensors[first] = tensors[first][:-1]
+if behave == "missing":
+    del tensors[first]
+save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})
+samples = order["train"].get("samples", 10)
+scores = {
+    "base": {"loss": 2.0, "perplexity": 7.4, "tokens": 9},
+    "trained": {"loss": 1.0, "perplexity": 2.7, "tokens": 9},
+}
+metrics = {"steps": int(os.environ["FLCTL_STEPS"]), "samples": samples, "tokens": 5 * samples, "evaluation": scores}
+(out / "metrics.json").write_text(json.dumps(metrics))

@@ -1,0 +1,203 @@
+"""seal.py: one start per attempt, whoever races; success only where the record says so; a revoked attempt never starts."""
+
+import json
+import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from hashlib import sha256
+from pathlib import Path
+
+import pytest
+
+from flctl.records import FileEntry, folder_sha256
+
+SEAL = Path(__file__).parent.parent / "flctl" / "payload" / "seal.py"
+
+
+class Place:
+    """A campaign's folder at a site, with one delivered attempt."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.run = root / "runs" / "0001-1"
+        self.run.mkdir(parents=True)
+        model = root / "models" / "0002"
+        model.mkdir(parents=True)
+        (model / "model.safetensors").write_bytes(b"weights")
+        (model / "flctl.json").write_text("{}")
+        entry = FileEntry(path="model.safetensors", size=7, sha256=sha256(b"weights").hexdigest())
+        self.order = {
+            "schema": 1, "token": "fabc", "campaign": "camp", "campaign_id": "1", "site": "brno", "number": 1,
+            "attempt": 1, "work": "train", "base": {"version": 2, "sha256": folder_sha256([entry])}, "round": 3,
+            "steps": 10, "global_step": 20, "total_steps": 40, "seed": 5, "train": {}, "subjects": [],
+        }  # fmt: skip
+        self.write_order()
+
+    def write_order(self) -> None:
+        (self.run / "order.json").write_text(json.dumps(self.order))
+
+    def call(self, command: str, *arguments: str, nonce: str = "n1") -> subprocess.CompletedProcess:
+        words = [sys.executable, "-I", str(SEAL), command, "--run", str(self.run), "--nonce", nonce, *arguments]
+        return subprocess.run(words, capture_output=True, text=True, timeout=60)
+
+    def start(self, nonce: str = "n1", walltime: int = 600) -> subprocess.CompletedProcess:
+        where = ["--workdir", str(self.root), "--data", "/da ta/it's"]
+        return self.call("start", *where, "--walltime", str(walltime), "--job-id", f"j-{nonce}", nonce=nonce)
+
+    def train(self, **metrics: object) -> None:
+        out = self.run / "out"
+        (out / "model.safetensors").write_bytes(b"new weights")
+        (out / "metrics.json").write_text(json.dumps({"steps": 10, "samples": 80, "tokens": 800} | metrics))
+
+    def finish(self, status: int = 0, signal: str = "", nonce: str = "n1") -> subprocess.CompletedProcess:
+        return self.call("finish", "--status", str(status), *(["--signal", signal] if signal else []), nonce=nonce)
+
+    @property
+    def done(self) -> dict:
+        return json.loads((self.run / "done.json").read_text())
+
+
+@pytest.fixture
+def place(tmp_path: Path) -> Place:
+    return Place(tmp_path)
+
+
+def test_start_prints_the_environment_of_the_contract(place: Place) -> None:
+    started = place.start()
+    assert started.returncode == 0, started.stderr
+    names = [
+        "MODEL",
+        "OUT",
+        "DATA",
+        "STATE",
+        "FROZEN",
+        "ORDER",
+        "STEPS",
+        "GLOBAL_STEP",
+        "TOTAL_STEPS",
+        "SEED",
+        "DEADLINE",
+    ]
+    show = "; ".join(f'printf "%s\\n" "$FLCTL_{name}"' for name in names)
+    values = subprocess.run(["bash", "-c", started.stdout + show], capture_output=True, text=True).stdout.splitlines()
+    told = dict(zip(names, values, strict=True))
+    assert told["MODEL"] == str(place.root / "models" / "0002")
+    assert told["DATA"] == "/da ta/it's"
+    assert (told["STEPS"], told["GLOBAL_STEP"], told["TOTAL_STEPS"], told["SEED"]) == ("10", "20", "40", "5")
+    assert Path(told["OUT"]).is_dir()
+    assert not os.listdir(told["OUT"])
+    assert Path(told["STATE"]).is_dir()
+    began = json.loads((place.run / "owner").read_text())["time"]
+    assert began < int(told["DEADLINE"]) < began + 600 - 29
+
+
+def test_of_many_copies_of_a_job_exactly_one_starts(place: Place) -> None:
+    with ThreadPoolExecutor(8) as pool:
+        codes = list(pool.map(lambda n: place.start(nonce=f"copy{n}").returncode, range(8)))
+    assert sorted(codes) == [0] + [75] * 7
+
+
+def test_a_copy_that_is_not_the_owner_cannot_seal(place: Place) -> None:
+    place.start()
+    place.train()
+    assert place.finish(nonce="other").returncode == 75
+    assert not (place.run / "done.json").exists()
+
+
+def test_a_revoked_attempt_never_starts(place: Place) -> None:
+    revoked = place.call("revoke", nonce="rfabc")
+    assert json.loads(revoked.stdout)["by"] == "flctl"
+    assert place.start().returncode == 75
+
+
+def test_revoking_a_started_attempt_tells_whose_it_is(place: Place) -> None:
+    place.start()
+    owner = json.loads(place.call("revoke", nonce="rfabc").stdout)
+    assert (owner["by"], owner["job_id"]) == ("job", "j-n1")
+
+
+def test_revoking_again_is_still_ours(place: Place) -> None:
+    place.call("revoke", nonce="rfabc")
+    assert json.loads(place.call("revoke", nonce="rfabc").stdout)["by"] == "flctl"
+
+
+def test_a_good_end_is_recorded_with_every_file(place: Place) -> None:
+    place.start()
+    place.train()
+    assert place.finish().returncode == 0
+    done = place.done
+    assert (done["outcome"], done["reason"], done["steps"], done["samples"]) == ("done", "", 10, 80)
+    assert done["base"] == place.order["base"]
+    assert done["started_at"] <= done["ended_at"]
+    files = {item["path"]: item for item in done["files"]}
+    assert set(files) == {"metrics.json", "model.safetensors"}
+    assert files["model.safetensors"]["sha256"] == sha256(b"new weights").hexdigest()
+
+
+@pytest.mark.parametrize(
+    ("status", "signal", "metrics", "reason"),
+    [
+        (1, "", {}, "exited with status 1"),
+        (0, "TERM", {}, "SIGTERM"),
+        (0, "", {"steps": 0}, "steps"),
+        (0, "", {"samples": "80"}, "samples"),
+    ],
+)
+def test_anything_else_is_a_failure_with_its_reason(
+    place: Place, status: int, signal: str, metrics: dict, reason: str
+) -> None:
+    place.start()
+    place.train(**metrics)
+    place.finish(status, signal)
+    assert place.done["outcome"] == "failed"
+    assert reason in place.done["reason"]
+
+
+def test_success_without_weights_or_metrics_is_a_failure(place: Place) -> None:
+    place.start()
+    place.finish()
+    assert place.done["outcome"] == "failed"
+    assert "metrics.json" in place.done["reason"]
+
+
+def test_the_trainers_own_words_are_in_the_reason(place: Place) -> None:
+    place.start()
+    (place.run / "log").write_text("step 1\ntrain.py: error: the loss is not a number\n\x1b[0m bye\n")
+    place.finish(3)
+    assert "train.py: error: the loss is not a number" in place.done["reason"]
+
+
+def test_the_first_record_stands(place: Place) -> None:
+    place.start()
+    place.train()
+    place.finish()
+    place.finish(1)
+    assert place.done["outcome"] == "done"
+
+
+def test_a_changed_base_is_not_trained_on(place: Place) -> None:
+    (place.root / "models" / "0002" / "model.safetensors").write_bytes(b"WEIGHTS")
+    assert place.start().returncode == 76
+    place.finish(76)
+    assert place.done["outcome"] == "failed"
+    assert "sha256 differs" in place.done["reason"]
+
+
+def test_newest_is_resolved_when_the_job_starts(place: Place) -> None:
+    place.order["base"] = {"version": "newest"}
+    place.write_order()
+    (place.root / "models" / "0010").mkdir()
+    started = place.start()
+    assert "models/0010" in started.stdout
+    place.train()
+    place.finish()
+    assert place.done["base"]["version"] == 10
+
+
+def test_links_in_the_output_are_never_listed(place: Place) -> None:
+    place.start()
+    place.train()
+    (place.run / "out" / "passwd").symlink_to("/etc/passwd")
+    place.finish()
+    assert "passwd" not in {item["path"] for item in place.done["files"]}
