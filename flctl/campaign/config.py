@@ -1,0 +1,85 @@
+"""Owns flctl.toml: what it may say, and what is said where it is silent."""
+
+import secrets
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from flctl.campaign.workspace import Workspace
+from flctl.errors import ConfigurationError
+from flctl.facility.profile import Site, load_site
+from flctl.facility.table import load_table
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CampaignTable:
+    name: str
+    id: str
+    seed: int = 0
+    min_sites: int = 0
+    """Contributions a merge needs; 0: one of every planned site."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PolicyTable:
+    name: Literal["sync"] = "sync"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AggregationTable:
+    rule: Literal["fedavg"] = "fedavg"
+    weights: Literal["samples", "tokens", "equal"] = "samples"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EvaluationTable:
+    cross: bool = False
+    """After each merge every site evaluates the new model and the other sites' contributions (models travel)."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FetchTable:
+    kinds: tuple[str, ...] = ("*.safetensors", "*.safetensors.index.json", "metrics.json")
+    """Patterns of the only file names that may come back from a site."""
+    size_factor: float = 1.5
+    """The most bytes one run may bring back, as a multiple of its base model's size."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Configuration:
+    """flctl.toml as a whole. [train] belongs to the trainer; flctl itself only reads its `steps`."""
+
+    campaign: CampaignTable
+    policy: PolicyTable = field(default_factory=PolicyTable)
+    aggregation: AggregationTable = field(default_factory=AggregationTable)
+    train: dict[str, Any] = field(default_factory=dict)
+    evaluation: EvaluationTable = field(default_factory=EvaluationTable)
+    fetch: FetchTable = field(default_factory=FetchTable)
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps of one run."""
+        steps = self.train.get("steps", 100)
+        if type(steps) is not int or steps < 1:
+            raise ConfigurationError(f"flctl.toml: train.steps must be a positive whole number, not {steps!r}")
+        return steps
+
+
+def load_configuration(workspace: Workspace) -> Configuration:
+    return load_table(workspace.root / "flctl.toml", Configuration)
+
+
+def load_profile(workspace: Workspace, name: str) -> Site:
+    """The profile of one of the campaign's sites."""
+    path = workspace.profiles.get(name)
+    if path is None:
+        known = ", ".join(workspace.profiles) or "none"
+        raise ConfigurationError(
+            f"this campaign has no site {name!r}; it has: {known}",
+            hint=f"write {workspace.root / 'sites' / (name + '.toml')}, or name one of those",
+        )
+    return load_site(path)
+
+
+def new_id() -> str:
+    """A campaign's id: 8 random hexadecimal digits; they keep two campaigns of one name apart at a site."""
+    return secrets.token_hex(4)

@@ -1,0 +1,323 @@
+"""The engine: advance a site, decide for the campaign, tick. The only loop; it keeps no truth of its own.
+
+`advance(site)` moves one site's runs as far as they go without waiting, under that site's lock. `decide()` asks the
+policy and acts, under the campaign's lock. `tick()` advances every due site in a thread of its own and decides after
+each one. Both re-read the records once they hold their lock.
+"""
+
+import shutil
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from flctl.campaign import contacts, steps
+from flctl.campaign.config import Configuration, load_configuration, load_profile
+from flctl.campaign.contacts import failure_of
+from flctl.campaign.merging import merge_model
+from flctl.campaign.session import Session, open_session
+from flctl.campaign.workspace import Workspace
+from flctl.errors import CodeSpent, FlctlError, Interrupted, Locked
+from flctl.facility.connection import Connection, Road, connect
+from flctl.facility.profile import Site
+from flctl.policy import POLICIES, Decision, View
+from flctl.records import Failure, Job, Order, Run, Stage, Work, token_of
+
+SUBMITTED = (Stage.CLAIMED, Stage.QUEUED, Stage.RUNNING)
+INTERRUPT_PATIENCE = 10.0
+
+
+@dataclass(slots=True, kw_only=True)
+class Doing:
+    """What a site's thread does right now, for the live view only."""
+
+    what: str
+    since: float
+    moved: int = 0
+    total: int = 0
+
+
+@dataclass(slots=True, kw_only=True)
+class Engine:
+    """Moves one campaign in this process. `stop` set: no new step begins, our rsync ends, Interrupted is raised.
+    `errors`: what went wrong in this process, by site. `stays`: this process comes back to its connections.
+    `tell` hears each change as a line."""
+
+    workspace: Workspace
+    runtime: Path
+    stop: threading.Event = field(default_factory=threading.Event)
+    doing: dict[str, Doing] = field(default_factory=dict)
+    connections: dict[str, Connection] = field(default_factory=dict)
+    errors: list[tuple[str, Failure]] = field(default_factory=list)
+    stays: bool = False
+    tell: Callable[[str], None] = lambda line: None
+
+    # One site
+
+    def advance(self, site: str, *, patience: float = 0.0) -> bool:
+        """Move the site's open runs as far as they go. Trouble is written into the site's contact record, never
+        raised (except Interrupted). False if another flctl has the site."""
+        try:
+            with self.workspace.lock_site(site, patience=patience) as lock:
+                self._advance_locked(site, lock)
+        except Locked:
+            return False
+        finally:
+            self.doing.pop(site, None)
+        return True
+
+    def _advance_locked(self, site: str, lock: int) -> None:
+        if not self._is_due(site):
+            return
+        try:
+            profile = load_profile(self.workspace, site)
+            configuration = load_configuration(self.workspace)
+            session = self.session(profile, lock)
+            session.place_payload()
+            self._move(session, configuration)
+        except Interrupted:
+            raise
+        except CodeSpent as spent:
+            self._postpone(site, spent.until + 0.5)
+        except FlctlError as error:
+            self._note_trouble(site, error)
+        else:
+            self._note_contact(profile)
+
+    def session(self, profile: Site, lock: int) -> Session:
+        """The site's session over this process's connection, made if there is none. The site's lock must be held:
+        rsync and ssh children inherit it."""
+        self.note(profile.name, "connecting")
+        connection = self.connections.get(profile.name)
+        if connection is None:
+            connection = connect(profile, self._road(profile))
+            self.connections[profile.name] = connection
+        connection.lock_fds = (lock,)
+        return open_session(
+            self.workspace, profile, connection, lambda what, moved, total: self.note(profile.name, what, moved, total)
+        )
+
+    def _road(self, profile: Site) -> Road:
+        folder = self.runtime / profile.name
+        folder.mkdir(mode=0o700, exist_ok=True)
+        return Road(
+            known_hosts=self.workspace.root / "known_hosts",
+            runtime=folder,
+            stop=self.stop.is_set,
+            on_login=lambda: self._count_login(profile.name),
+        )
+
+    def _count_login(self, site: str) -> None:
+        contact = self.workspace.contact(site)
+        self.workspace.save_contact(site, replace(contact, logins=contact.logins + 1))
+        self.workspace.journal.append("login", site=site, count=contact.logins + 1)
+
+    def _move(self, session: Session, configuration: Configuration) -> None:
+        """Step after step until every open run of the site has to wait."""
+        site = session.site.name
+        looked = False
+        while True:
+            self._check_stop()
+            runs = [run for run in self.workspace.runs(site) if run.open and not contacts.is_held(run.held)]
+            submitted = [run for run in runs if run.stage in SUBMITTED]
+            if submitted and not looked:
+                looked = True
+                self.note(site, "asking the scheduler")
+                for before, after in zip(submitted, steps.check(session, submitted), strict=True):
+                    self.record(before, after)
+                continue
+            ready = next((run for run in runs if run.stage not in SUBMITTED), None)
+            if ready is None:
+                return
+            after = self._step(session, ready, configuration)
+            self.record(ready, after)
+            looked = looked or after.stage == Stage.QUEUED
+
+    def _step(self, session: Session, run: Run, configuration: Configuration) -> Run:
+        """The one step that the run's stage calls for; a run that fails for good is failed here."""
+        try:
+            if run.stage == Stage.ORDERED:
+                self.note(run.site, "delivering")
+                return steps.deliver(session, run, configuration)
+            if run.stage == Stage.DELIVERED:
+                self.note(run.site, "submitting")
+                return steps.submit(session, run)
+            self.note(run.site, "fetching")
+            return steps.fetch(session, run, configuration)
+        except FlctlError as error:
+            if error.code in ("aggregation_refused", "job_failed", "budget_refused") and run.stage == Stage.ENDED:
+                return replace(run, stage=Stage.FAILED, failure=failure_of(error))
+            raise
+
+    def record(self, before: Run, after: Run) -> None:
+        """Write a run's new record, and the change of its stage into the journal."""
+        if after == before:
+            return
+        self.workspace.save_run(replace(after, changed_at=time.time()))
+        if after.failure is not None and after.failure != before.failure:
+            self.errors.append((after.site, after.failure))
+        if after.stage != before.stage or after.attempt != before.attempt:
+            self.tell(line_of(after))
+            self.workspace.journal.append(
+                "run",
+                site=after.site,
+                number=after.number,
+                attempt=after.attempt,
+                work=after.order.work,
+                stage=after.stage,
+                job_id=after.job.id,
+                reason=after.failure.message if after.failure else "",
+            )
+
+    # Contact with a site
+
+    def _is_due(self, site: str) -> bool:
+        contact = self.workspace.contact(site)
+        return not contacts.is_held(contact.held) and contact.due <= time.time() and bool(self.open_runs(site))
+
+    def open_runs(self, site: str) -> list[Run]:
+        return [run for run in self.workspace.runs(site) if run.open]
+
+    def _note_contact(self, profile: Site) -> None:
+        """The site was reached: when it is next looked at depends on its jobs and on what a login costs."""
+        due = contacts.next_due(profile, self.open_runs(profile.name), time.time(), stays=self.stays)
+        self.workspace.save_contact(
+            profile.name, contacts.reached(self.workspace.contact(profile.name), time.time(), due)
+        )
+
+    def _note_trouble(self, site: str, error: FlctlError) -> None:
+        """The contact failed: say why, and come back later, or wait for a person."""
+        self.drop(site)
+        self.workspace.save_contact(site, contacts.failed(self.workspace.contact(site), error, time.time()))
+        self.errors.append((site, failure_of(error)))
+        self.tell(f"{site}: {error.message}")
+        self.workspace.journal.append("trouble", site=site, code=error.code, message=error.message)
+
+    def _postpone(self, site: str, until: float) -> None:
+        self.workspace.save_contact(site, replace(self.workspace.contact(site), due=until))
+
+    def drop(self, site: str) -> None:
+        """Close this process's connection to a site, if there is one."""
+        connection = self.connections.pop(site, None)
+        if connection is not None:
+            connection.close()
+
+    def close(self) -> None:
+        for site in list(self.connections):
+            self.drop(site)
+        shutil.rmtree(self.runtime, ignore_errors=True)
+
+    # The campaign
+
+    def decide(self, *, patience: float = 5.0) -> Decision | None:
+        """Ask the policy and act until it has nothing more to say. None without a plan, or if another flctl decides."""
+        try:
+            with self.workspace.lock_campaign(patience=patience):
+                return self._decide_locked()
+        except Locked:
+            return None
+
+    def _decide_locked(self) -> Decision | None:
+        configuration = load_configuration(self.workspace)
+        while True:
+            self._check_stop()
+            view = view_of(self.workspace, configuration)
+            if view is None:
+                return None
+            decision = POLICIES[configuration.policy.name](view, time.time())
+            if decision.merge is not None:
+                self.note("", f"merging model {decision.merge.version:04d}")
+                try:
+                    merge_model(self.workspace, decision.merge, configuration, stop=self.stop.is_set)
+                finally:
+                    self.doing.pop("", None)
+                self.tell(f"model {decision.merge.version:04d} is made of {len(decision.merge.runs)} contributions")
+                continue
+            for order in decision.orders:
+                self.give(order)
+            if not decision.orders:
+                return decision
+
+    def give(self, order: Order) -> Run:
+        """Write an order as a new run, due at once."""
+        number = max((run.number for run in self.workspace.runs(order.site)), default=0) + 1
+        now = time.time()
+        job = Job(token=token_of(self.workspace.id, order.site, number, 1))
+        run = Run(number=number, order=order, job=job, created_at=now, changed_at=now)
+        self.workspace.save_run(run)
+        self.workspace.journal.append(
+            "order", site=order.site, number=number, work=order.work, base=order.base, round=order.round
+        )
+        contact = self.workspace.contact(order.site)
+        if contact.trouble is None:
+            self.workspace.save_contact(order.site, replace(contact, due=0.0))
+        return run
+
+    def tick(self, *, stays: bool = False) -> Decision | None:
+        """Advance every due site, each in a thread of its own, and decide after each; also those that become due by
+        what was decided. `stays`: this process keeps its connections for the next tick."""
+        self.stays = stays
+        decision = self.decide(patience=0.0)
+        running: dict[Future[bool], str] = {}
+        skipped: set[str] = set()
+        pool = ThreadPoolExecutor(max_workers=32, thread_name_prefix="site")
+        try:
+            while True:
+                for site in self.due_sites():
+                    if site not in running.values() and site not in skipped:
+                        running[pool.submit(self.advance, site)] = site
+                if not running:
+                    return decision
+                ended, _ = wait(running, timeout=0.2, return_when=FIRST_COMPLETED)
+                for future in ended:
+                    site = running.pop(future)
+                    if not future.result():
+                        skipped.add(site)
+                    decision = self.decide() or decision
+                self._check_stop()
+        except Interrupted:
+            wait(running, timeout=INTERRUPT_PATIENCE)
+            raise
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+
+    def due_sites(self) -> list[str]:
+        return [site for site in self.sites_with_open_runs() if self._is_due(site)]
+
+    def sites_with_open_runs(self) -> list[str]:
+        return sorted({run.site for run in self.workspace.runs() if run.open})
+
+    def _check_stop(self) -> None:
+        if self.stop.is_set():
+            raise Interrupted("interrupted", hint="flctl round, or the next flctl campaign tick, goes on from here")
+
+    def note(self, site: str, what: str, moved: int = 0, total: int = 0) -> None:
+        doing = self.doing.get(site)
+        if doing is None or doing.what != what:
+            self.doing[site] = Doing(what=what, since=time.time(), moved=moved, total=total)
+        else:
+            doing.moved, doing.total = moved, total
+
+
+def view_of(workspace: Workspace, configuration: Configuration) -> View | None:
+    """What the policy sees; None without a plan."""
+    plan = workspace.plan()
+    if plan is None:
+        return None
+    return View(
+        plan=plan,
+        models=workspace.models(),
+        runs=workspace.runs(),
+        weights=configuration.aggregation.weights,
+        cross_evaluation=configuration.evaluation.cross,
+    )
+
+
+def line_of(run: Run) -> str:
+    """A run's new stage as a line of text."""
+    work = "" if run.order.work == Work.TRAIN else f" ({run.order.work})"
+    job = f", job {run.job.id}" if run.job.id and run.stage in SUBMITTED else ""
+    why = f": {run.failure.message}" if run.failure else ""
+    return f"{run.site}: run {run.number:04d}{work} {run.stage}{job}{why}"

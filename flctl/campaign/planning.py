@@ -1,0 +1,243 @@
+"""Owns what a person may decide about a campaign: plans, retries, skips, cancellations, releases."""
+
+import time
+from dataclasses import replace
+
+from flctl.campaign import steps
+from flctl.campaign.config import load_configuration, load_profile
+from flctl.campaign.engine import Engine
+from flctl.campaign.workspace import Workspace
+from flctl.errors import ConfigurationError, FlctlError, Locked, UsageError
+from flctl.facility.profile import missing
+from flctl.records import Failure, Job, Plan, Run, Stage, Work, token_of
+
+
+def chosen_sites(workspace: Workspace, names: list[str]) -> tuple[str, ...]:
+    """The sites a command line names: `all` or nothing is every profile of the campaign. Each must be complete."""
+    if not names or names == ["all"]:
+        names = list(workspace.profiles)
+    if not names:
+        raise ConfigurationError(
+            f"the campaign has no sites: {workspace.root / 'sites'} is empty", hint="copy a profile there"
+        )
+    for name in names:
+        empty = missing(load_profile(workspace, name))
+        if empty:
+            raise ConfigurationError(
+                f"{workspace.root / 'sites' / (name + '.toml')} still lacks: {', '.join(empty)}",
+                hint="fill them in, then run the command again",
+                site=name,
+            )
+    return tuple(sorted(set(names)))
+
+
+def is_open(workspace: Workspace, plan: Plan) -> bool:
+    """Whether the plan is still to be fulfilled: a model is missing, or a run of it is under way."""
+    return workspace.newest_model().version < plan.target or any(run.open for run in workspace.runs())
+
+
+def proposed(workspace: Workspace, names: list[str], rounds: int | None, steps_: int | None) -> Plan:
+    """The plan for `rounds` more models by these sites."""
+    configuration = load_configuration(workspace)
+    sites = chosen_sites(workspace, names)
+    least = configuration.campaign.min_sites
+    if least > len(sites):
+        raise ConfigurationError(
+            f"flctl.toml: campaign.min_sites is {least}, but only {len(sites)} sites are planned",
+            hint="lower it, or name more sites",
+        )
+    first = workspace.newest_model().version + 1
+    last = workspace.plan()
+    return Plan(
+        number=last.number + 1 if last else 1,
+        sites=sites,
+        first=first,
+        target=first + (rounds or 1) - 1,
+        steps=steps_ or configuration.steps,
+        min_sites=least or len(sites),
+    )
+
+
+def open_plan(workspace: Workspace, names: list[str], rounds: int | None, steps_: int | None) -> Plan:
+    """The plan to work on: the open one, if the arguments do not contradict it, else a new one, written."""
+    with workspace.lock_campaign():
+        current = workspace.plan()
+        if current is not None and is_open(workspace, current):
+            _agree(workspace, current, names, rounds, steps_)
+            return current
+        plan = proposed(workspace, names, rounds, steps_)
+        workspace.save_plan(plan)
+        workspace.journal.append("plan", sites=list(plan.sites), first=plan.first, target=plan.target, steps=plan.steps)
+        return plan
+
+
+def _agree(workspace: Workspace, plan: Plan, names: list[str], rounds: int | None, steps_: int | None) -> None:
+    """UsageError if the arguments ask for something else than the open plan."""
+    sites = None if not names else tuple(sorted(workspace.profiles if names == ["all"] else set(names)))
+    different = [
+        f"--{option} {ours} (the plan says {theirs})"
+        for option, ours, theirs in (
+            ("sites", sites and " ".join(sites), " ".join(plan.sites)),
+            ("rounds", rounds, plan.target - plan.first + 1),
+            ("steps", steps_, plan.steps),
+        )
+        if ours is not None and ours != theirs
+    ]
+    if different:
+        raise UsageError(
+            f"a plan is under way to model {plan.target:04d}, and this asks for another: {'; '.join(different)}",
+            hint="flctl round without these options goes on with it; flctl cancel ends it",
+        )
+
+
+def affected(workspace: Workspace, site: str | None, what: str, runs: list[Run]) -> list[Run]:
+    """The runs an intervention is about; UsageError if there are none."""
+    if site is not None:
+        load_profile(workspace, site)
+    chosen = [run for run in runs if site in (None, run.site)]
+    if not chosen:
+        where = f"{site} has" if site else "the campaign has"
+        raise UsageError(f"{where} no run that {what}", hint="flctl status shows them")
+    return chosen
+
+
+def failed_runs(workspace: Workspace) -> list[Run]:
+    """Each site's last run of its kind and round in the current plan, where it failed."""
+    last: dict[tuple[str, Work, int], Run] = {}
+    newest, plan = workspace.newest_model().version, workspace.plan()
+    for run in workspace.runs():
+        if plan is not None and run.order.plan == plan.number:
+            last[run.site, run.order.work, run.order.round] = run
+    return [
+        run
+        for run in last.values()
+        if run.stage == Stage.FAILED and (run.order.round > newest or run.order.work == Work.EVALUATE)
+    ]
+
+
+def retry(engine: Engine, site: str | None) -> list[Run]:
+    """Open the next attempt of the failed runs: a new token, a new folder, a new job."""
+    workspace, opened = engine.workspace, []
+    for failed in affected(workspace, site, "failed and may be tried again", failed_runs(workspace)):
+        with workspace.lock_site(failed.site):
+            run = workspace.run(failed.site, failed.number)
+            if run.stage != Stage.FAILED:
+                continue
+            attempt = run.attempt + 1
+            job = Job(token=token_of(workspace.id, run.site, run.number, attempt))
+            fresh = replace(
+                run, stage=Stage.ORDERED, attempt=attempt, job=job, failure=None, contribution=None, skipped=False
+            )
+            engine.record(run, fresh)
+            contact = workspace.contact(run.site)
+            workspace.save_contact(run.site, replace(contact, due=0.0))
+        with workspace.lock_campaign():
+            _unskip(workspace, run)
+        opened.append(fresh)
+    return opened
+
+
+def _unskip(workspace: Workspace, run: Run) -> None:
+    plan = workspace.plan()
+    if plan is not None and (run.order.round, run.site) in plan.skipped:
+        left = tuple(pair for pair in plan.skipped if pair != (run.order.round, run.site))
+        workspace.save_plan(replace(plan, skipped=left))
+
+
+def skip(engine: Engine, site: str) -> tuple[int, FlctlError | None]:
+    """Leave a site out of the model that is being made: its open run, if any, is cancelled. A site that cannot be
+    reached is left out all the same; what it still does is never merged. Returns the version, and why the job there
+    could not be cancelled."""
+    workspace = engine.workspace
+    plan = workspace.plan()
+    version = workspace.newest_model().version + 1
+    if plan is None or version > plan.target or site not in plan.sites:
+        raise UsageError(f"no model that {site} is planned for is being made", hint="flctl status shows the plan")
+    runs = [run for run in workspace.runs(site) if run.order.round == version and run.order.work == Work.TRAIN]
+    if any(run.stage == Stage.FETCHED for run in runs):
+        raise UsageError(f"{site}'s contribution to model {version:04d} is already here", hint="flctl status")
+    trouble: FlctlError | None = None
+    for run in runs:
+        if run.open:
+            why = f"left out of model {version:04d} with flctl skip"
+            try:
+                _end(engine, run, why, skipped=True)
+            except Locked:
+                raise
+            except FlctlError as error:
+                trouble = error
+                _close(engine, run, why, skipped=True)
+        else:
+            engine.record(run, replace(run, skipped=True))
+    with workspace.lock_campaign():
+        plan = workspace.plan() or plan
+        if site not in plan.skips(version):
+            workspace.save_plan(replace(plan, skipped=(*plan.skipped, (version, site))))
+            workspace.journal.append("skip", site=site, version=version)
+    return version, trouble
+
+
+def open_targets(workspace: Workspace, site: str | None) -> list[Run]:
+    """The open runs that `cancel` is about; none is an error only where a site is named."""
+    runs = [run for run in workspace.runs() if run.open]
+    return runs if site is None else affected(workspace, site, "is under way", runs)
+
+
+def cancel_run(engine: Engine, run: Run) -> Run:
+    return _end(engine, run, "cancelled with flctl cancel")
+
+
+def end_plan(workspace: Workspace) -> None:
+    """Close the plan at the newest model there is."""
+    with workspace.lock_campaign():
+        plan, newest = workspace.plan(), workspace.newest_model().version
+        if plan is not None and newest < plan.target:
+            workspace.save_plan(replace(plan, target=newest))
+            workspace.journal.append("plan ended", target=newest)
+
+
+def _end(engine: Engine, run: Run, why: str, *, skipped: bool = False) -> Run:
+    """Revoke the attempt at its site, cancel its job there, and close the run."""
+    workspace = engine.workspace
+    with workspace.lock_site(run.site) as lock:
+        run = workspace.run(run.site, run.number)
+        if run.open and run.stage not in (Stage.ORDERED, Stage.ENDED):
+            session = engine.session(load_profile(workspace, run.site), lock)
+            steps.cancel(session, run)
+        return _closed(engine, run, why, skipped=skipped)
+
+
+def _close(engine: Engine, run: Run, why: str, *, skipped: bool) -> Run:
+    """Close the run in the records alone."""
+    with engine.workspace.lock_site(run.site):
+        return _closed(engine, engine.workspace.run(run.site, run.number), why, skipped=skipped)
+
+
+def _closed(engine: Engine, run: Run, why: str, *, skipped: bool) -> Run:
+    if not run.open:
+        return run
+    failure = Failure(code="job_failed", exit_code=6, message=why, hint=f"flctl retry {run.site} trains again")
+    closed = replace(run, stage=Stage.FAILED, failure=failure, skipped=skipped)
+    engine.record(run, closed)
+    return closed
+
+
+def release(workspace: Workspace, site: str | None) -> list[str]:
+    """Lift the holds of a site (or all): the next contact is tried at once."""
+    names = [site] if site else list(workspace.profiles)
+    released = []
+    for name in names:
+        load_profile(workspace, name)
+        with workspace.lock_site(name):
+            contact = workspace.contact(name)
+            held = [run for run in workspace.runs(name) if run.held is not None]
+            if contact.held is None and not held and contact.trouble is None:
+                continue
+            workspace.save_contact(name, replace(contact, held=None, trouble=None, failures=0, due=0.0))
+            for run in held:
+                workspace.save_run(replace(run, held=None, changed_at=time.time()))
+            workspace.journal.append("release", site=name)
+            released.append(name)
+    if not released:
+        raise UsageError(f"{site} is not held" if site else "no site is held", hint="flctl status shows what waits")
+    return released

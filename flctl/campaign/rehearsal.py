@@ -1,0 +1,36 @@
+"""Owns the dry run: what a round would do, rendered in memory, nothing touched."""
+
+from pathlib import PurePosixPath
+
+from flctl.campaign import shipped
+from flctl.campaign.config import load_profile
+from flctl.campaign.planning import is_open, proposed
+from flctl.campaign.steps.deliver import read_template
+from flctl.campaign.workspace import Workspace
+from flctl.facility.script import job_script
+from flctl.records import Plan, token_of
+
+
+def rehearse(
+    workspace: Workspace, names: list[str], rounds: int | None, steps: int | None
+) -> tuple[Plan, dict[str, str]]:
+    """The plan, and the job script of each site's next run. Paths not yet resolved keep the site's variables."""
+    current = workspace.plan()
+    plan = current if current is not None and is_open(workspace, current) else proposed(workspace, names, rounds, steps)
+    return plan, {name: _script(workspace, name) for name in plan.sites}
+
+
+def _script(workspace: Workspace, name: str) -> str:
+    site, contact = load_profile(workspace, name), workspace.contact(name)
+    root = PurePosixPath(contact.workdir or f"{site.storage.work}/{workspace.label}")
+    number = max((run.number for run in workspace.runs(name)), default=0) + 1
+    return job_script(
+        site,
+        read_template(workspace.root / "templates", site.scheduler.kind),
+        token=token_of(workspace.id, name, number, 1),
+        campaign=workspace.name,
+        run=root / "runs" / f"{number:04d}-1",
+        workdir=root,
+        payload=root / "payload" / shipped.payload_sha256(),
+        data=contact.data or site.storage.data,
+    )

@@ -1,0 +1,101 @@
+"""What a campaign's records say, as data for people and programs: status, round and tick."""
+
+import time
+from typing import Any
+
+from flctl.campaign.workspace import Workspace
+from flctl.records import Contact, Run, to_data
+
+
+def run_row(run: Run) -> dict[str, Any]:
+    """One run as `status --json` gives it."""
+    job, given = run.job, run.contribution
+    return {
+        "site": run.site,
+        "number": run.number,
+        "attempt": run.attempt,
+        "work": run.order.work,
+        "base": run.order.base,
+        "round": run.order.round,
+        "stage": run.stage,
+        "held": to_data(run.held),
+        "job_id": job.id,
+        "steps": given.steps if given else None,
+        "samples": given.samples if given else None,
+        "queue_seconds": _between(job.claimed_at, job.started_at),
+        "train_seconds": _between(job.started_at, job.ended_at),
+        "note": _note(run),
+    }
+
+
+def _between(begin: float | None, end: float | None) -> float | None:
+    return None if begin is None or end is None else round(max(0.0, end - begin), 3)
+
+
+def _note(run: Run) -> str:
+    if run.failure is not None:
+        return run.failure.message
+    if run.open and run.job.state:
+        return f"{run.job.state}{': ' + run.job.reason if run.job.reason not in ('', 'None') else ''}"
+    return ""
+
+
+def summary(workspace: Workspace, runs: tuple[Run, ...]) -> dict[str, Any]:
+    """The campaign, its newest model, its runs."""
+    model = workspace.newest_model()
+    ordered = sorted(runs, key=lambda run: (run.order.round, run.site, run.number))
+    return {
+        "campaign": {"name": workspace.name, "id": workspace.id, "path": str(workspace.root)},
+        "model": {
+            "version": model.version,
+            "path": str(workspace.model_folder(model.version)),
+            "sha256": model.sha256,
+        },
+        "runs": [run_row(run) for run in ordered],
+    }
+
+
+def progress(workspace: Workspace, *, done: bool) -> dict[str, Any]:
+    """The summary, whether the plan is fulfilled, and what is awaited at which site until when."""
+    runs = workspace.runs()
+    return summary(workspace, runs) | {"done": done, "waiting": waiting(workspace, runs)}
+
+
+def waiting(workspace: Workspace, runs: tuple[Run, ...]) -> list[dict[str, Any]]:
+    rows = []
+    for run in runs:
+        if run.open:
+            contact = workspace.contact(run.site)
+            rows.append(
+                {
+                    "site": run.site,
+                    "number": run.number,
+                    "stage": run.stage,
+                    "since": run.changed_at,
+                    "due": contact.due or None,
+                    "held": to_data(run.held or contact.held),
+                    "trouble": contact.trouble.message if contact.trouble else None,
+                }
+            )
+    return rows
+
+
+def state_of(run: Run, contact: Contact) -> str:
+    """What a site is doing, in words."""
+    held = run.held or contact.held
+    if held is not None:
+        return f"HELD: {held.reason}"
+    if contact.trouble is not None and run.open:
+        return f"{run.stage}; {contact.trouble.message}"
+    return run.stage
+
+
+def ago(moment: float | None) -> str:
+    """A duration since a moment as a person says it: 12 s, 5 min, 3 h, 2 d."""
+    if moment is None:
+        return ""
+    seconds = max(0, int(time.time() - moment))
+    for size, unit in ((86400, "d"), (3600, "h"), (60, "min")):
+        if seconds >= 2 * size:
+            return f"{seconds // size} {unit}"
+    return f"{seconds} s"

@@ -1,0 +1,131 @@
+"""Owns delivery: models, payload, job script and order are at the site, each verified there."""
+
+import json
+from dataclasses import replace
+from hashlib import sha256
+from pathlib import Path, PurePosixPath
+
+from flctl.campaign import shipped
+from flctl.campaign.config import Configuration
+from flctl.campaign.session import Session
+from flctl.campaign.steps.attempt import attempt_name, remote_folder
+from flctl.campaign.workspace import write_atomic
+from flctl.errors import ConfigurationError, TransferFailed
+from flctl.facility.script import job_script
+from flctl.facility.shell import MISSING, Answer, quote, read_file
+from flctl.records import FileEntry, Order, Run, Stage, Subject, Work, from_data, seed_of, to_data
+
+
+def deliver(session: Session, run: Run, configuration: Configuration) -> Run:
+    """Base (or subjects), payload, job.sh and order.json are at the site, each verified there."""
+    folder = session.workspace.attempt_folder(run)
+    target = remote_folder(session, run)
+    write_atomic(folder / "job.sh", render_job(session, run).encode())
+    write_atomic(folder / "order.json", order_json(session, run, configuration))
+    places = _model_places(session, run)
+    commands = {f"p{index}": f"test -d {quote(place)}" for index, (_, _, place) in enumerate(places)}
+    answers = session.ask(commands | {"order": read_file(target / "order.json")})
+    for index, (source, files, place) in enumerate(places):
+        if answers[f"p{index}"].status != 0:
+            session.place(source, files, place)
+    if answers["order"].status == MISSING:
+        session.place(folder, [entry_of(folder / name) for name in ("job.sh", "order.json")], target)
+        return replace(run, stage=Stage.DELIVERED)
+    return replace(_adopt(run, answers["order"]), stage=Stage.DELIVERED)
+
+
+def render_job(session: Session, run: Run) -> str:
+    """The job script of an attempt, from the campaign's template for the site's scheduler."""
+    return job_script(
+        session.site,
+        read_template(session.workspace.root / "templates", session.site.scheduler.kind),
+        token=run.job.token,
+        campaign=session.workspace.name,
+        run=remote_folder(session, run),
+        workdir=session.root,
+        payload=session.payload,
+        data=session.data,
+    )
+
+
+def read_template(folder: Path, kind: str) -> str:
+    path = folder / f"{kind}.sh"
+    try:
+        return path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise ConfigurationError(
+            f"the job template {path} cannot be read: {error.strerror}",
+            hint=f"copy it from {shipped.shipped('templates')}",
+        ) from error
+
+
+def order_json(session: Session, run: Run, configuration: Configuration) -> bytes:
+    """The order as the site sees it; see "The contract of a job" in the documentation."""
+    order, workspace = run.order, session.workspace
+    data = {
+        "schema": 1,
+        "token": run.job.token,
+        "campaign": workspace.name,
+        "campaign_id": workspace.id,
+        "site": run.site,
+        "number": run.number,
+        "attempt": run.attempt,
+        "work": order.work,
+        "base": {"version": order.base, "sha256": workspace.model_record(order.base)["sha256"]},
+        "round": order.round,
+        "steps": order.steps,
+        "global_step": order.global_step,
+        "total_steps": order.total_steps,
+        "seed": seed_of(configuration.campaign.seed, run.site, run.number),
+        "train": configuration.train | session.site.train,
+        "subjects": to_data(order.subjects),
+    }
+    return (json.dumps(data, indent=1, ensure_ascii=False, sort_keys=True) + "\n").encode()
+
+
+def _model_places(session: Session, run: Run) -> list[tuple[Path, tuple[FileEntry, ...], PurePosixPath]]:
+    """(local folder, its files, place at the site) of every model the run needs."""
+    workspace = session.workspace
+    names = [subject.name for subject in run.order.subjects] or [f"{run.order.base:04d}"]
+    places = []
+    for name in names:
+        if name.isdigit():
+            source, files = workspace.model_folder(int(name)), workspace.model_record(int(name))["files"]
+            entries = tuple(from_data(FileEntry, item) for item in files)
+        else:
+            site, number, attempt = name.rsplit("-", 2)
+            contribution = workspace.run(site, int(number)).contribution
+            source = workspace.run_folder(site, int(number)) / attempt / "out"
+            entries = contribution.files if contribution else ()
+        places.append((source, entries, session.root / "models" / name))
+    return places
+
+
+def _adopt(run: Run, answer: Answer) -> Run:
+    """The run as the site knows it: a folder that is already there was ordered by us before (the campaign's folder was
+    rolled back or rebuilt), and the site's order wins over ours."""
+    try:
+        order = json.loads(answer.stdout)
+        adopted = Order(
+            site=run.site,
+            work=Work(order["work"]),
+            plan=run.order.plan,
+            base=order["base"]["version"],
+            round=order["round"],
+            steps=order["steps"],
+            global_step=order["global_step"],
+            total_steps=order["total_steps"],
+            subjects=tuple(from_data(Subject, item) for item in order.get("subjects", [])),
+        )
+    except (ValueError, KeyError, TypeError) as error:
+        raise TransferFailed(
+            f"order.json of run {attempt_name(run)} at the site cannot be read: {error!r}",
+            hint=f"look at the run's folder there, then flctl cancel {run.site}",
+            site=run.site,
+        ) from error
+    return replace(run, order=adopted)
+
+
+def entry_of(path: Path) -> FileEntry:
+    content = path.read_bytes()
+    return FileEntry(path=path.name, size=len(content), sha256=sha256(content).hexdigest())

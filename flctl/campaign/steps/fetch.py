@@ -1,0 +1,77 @@
+"""Owns fetching: what the record names, of the kinds and within the size allowed, verified, and through the gates."""
+
+import shutil
+from dataclasses import replace
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Any
+
+from flctl.campaign.config import Configuration
+from flctl.campaign.session import Session, clean
+from flctl.campaign.steps.attempt import attempt_name, remote_folder
+from flctl.campaign.workspace import fsync_folder
+from flctl.errors import AggregationRefused, BudgetRefused, JobFailed
+from flctl.records import FileEntry, Run, Stage, Work, folder_sha256, to_data
+
+
+def fetch(session: Session, run: Run, configuration: Configuration) -> Run:
+    """What the record names, of the kinds and within the size the campaign allows, is here, verified, and has passed
+    the gates. An evaluation's metrics are in its record already."""
+    contribution = run.contribution
+    if contribution is None:
+        raise JobFailed(f"run {attempt_name(run)} has no completion record", site=run.site)
+    if run.order.work == Work.EVALUATE:
+        return replace(run, stage=Stage.FETCHED)
+    from flctl.model.manifest import hash_folder
+    from flctl.model.verify import check as gate
+
+    workspace = session.workspace
+    folder, base = workspace.attempt_folder(run), workspace.model_folder(run.order.base)
+    draft = folder / ".out.part"
+    files = _allowed(run, contribution.files, configuration, workspace.model_record(run.order.base))
+    if not (folder / "out").exists():
+        session.bring(remote_folder(session, run) / "out", files, draft)
+        session.report("checking", 0, 0)
+        report = gate(draft, base, site=run.site)
+        carry(base, draft)
+        fsync_folder(draft)
+        draft.rename(folder / "out")
+        fsync_folder(folder)
+    else:
+        report = gate(folder / "out", base, site=run.site)
+    entries = hash_folder(folder / "out")
+    contribution = replace(contribution, files=entries, sha256=folder_sha256(entries), gates=to_data(report))
+    return replace(run, stage=Stage.FETCHED, contribution=contribution)
+
+
+def _allowed(
+    run: Run, files: tuple[FileEntry, ...], configuration: Configuration, base: dict[str, Any]
+) -> tuple[FileEntry, ...]:
+    """The files that may come back. Names that are no plain names, and more bytes than allowed, are refused."""
+    chosen = tuple(entry for entry in files if any(fnmatch(entry.path, kind) for kind in configuration.fetch.kinds))
+    for entry in chosen:
+        if not entry.path.replace(".", "").replace("-", "").replace("_", "").isalnum() or entry.path.startswith("."):
+            raise AggregationRefused(
+                f"the completion record names a file {clean(entry.path)!r}; only plain names are fetched",
+                hint=f"see what the trainer writes to FLCTL_OUT, then flctl retry {run.site}",
+                site=run.site,
+            )
+    size, limit = sum(e.size for e in chosen), configuration.fetch.size_factor * sum(f["size"] for f in base["files"])
+    if size > limit:
+        raise BudgetRefused(
+            f"run {attempt_name(run)} would bring {size:,} bytes; [fetch] size_factor allows {limit:,.0f}",
+            hint=f"raise it if that is right, then flctl retry {run.site}",
+            site=run.site,
+        )
+    return chosen
+
+
+def carry(base: Path, folder: Path) -> None:
+    """Copy what travels with a model (config, tokenizer) from its base, so that any library can open the folder."""
+    from flctl.model.manifest import carried_files
+    from flctl.model.shards import open_shards
+
+    for name in carried_files(open_shards(base)):
+        if not name.endswith(".index.json") and not (folder / name).exists():
+            (folder / name).parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            shutil.copyfile(base / name, folder / name)

@@ -1,0 +1,28 @@
+"""Owns submission: the claim, and the one command that may submit."""
+
+from dataclasses import replace
+
+from flctl.campaign.session import Session
+from flctl.campaign.steps.attempt import remote_folder
+from flctl.facility.shell import quote, read_file
+from flctl.records import Run, Stage
+
+SUBMIT_TIMEOUT = 180.0
+"""Seconds: sbatch's own retries when the controller's queue is full last up to 120 s."""
+
+
+def submit(session: Session, run: Run) -> Run:
+    """Claim the attempt and submit its job, once: only the command that makes `claim/` ever submits."""
+    folder = remote_folder(session, run)
+    command = (
+        f"cd {quote(folder)} || exit 45\n"
+        "mkdir claim 2>/dev/null || exit 0\n"
+        "date +%s >claim/at\n"
+        f"{session.scheduler.submit(str(folder / 'job.sh'), run.job.token)} >claim/out 2>claim/err || exit 0\n"
+        "test -s claim/out && mv claim/out job.id"
+    )
+    answers = session.ask({"submit": command, "id": read_file(folder / "job.id")}, timeout=SUBMIT_TIMEOUT)
+    if answers["submit"].status == 45:
+        return replace(run, stage=Stage.ORDERED)
+    job_id = session.scheduler.job_id(answers["id"].stdout) if answers["id"].status == 0 else None
+    return replace(run, stage=Stage.QUEUED if job_id else Stage.CLAIMED, job=replace(run.job, id=job_id))
