@@ -1,0 +1,219 @@
+"""Owns host keys: which key of which host is trusted, and the campaign's known_hosts, which both roads read.
+
+A key is trusted if the campaign's file has it, or if the user's or the machine's own known_hosts has it, or the profile
+names its published fingerprint, or a certificate authority in one of these files vouches for it; the last three are
+then copied into the campaign's file. ssh-keygen reads the files: it knows hashed names, wildcards, ports and markers.
+"""
+
+import base64
+import binascii
+import fcntl
+import hashlib
+import os
+import re
+import subprocess
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TextIO
+
+from flctl.errors import ConfigurationError, HostKeyRefused
+from flctl.facility.openssh import CONNECT_TIMEOUT, Place, environment, quoted, ssh
+from flctl.facility.profile import Site
+
+SYSTEM_FILE = Path("/etc/ssh/ssh_known_hosts")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HostKey:
+    """A host's public key: its type as known_hosts files name it, and its bytes."""
+
+    kind: str
+    blob: bytes
+
+    @property
+    def fingerprint(self) -> str:
+        return "SHA256:" + base64.b64encode(hashlib.sha256(self.blob).digest()).decode().rstrip("=")
+
+    def __str__(self) -> str:
+        return f"{self.kind} {self.fingerprint}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Entry:
+    """A line of a known_hosts file that is about a host; `marker` is empty, "@cert-authority" or "@revoked"."""
+
+    number: int
+    marker: str
+    hosts: str
+    key: HostKey
+
+
+def user_files() -> list[Path]:
+    return [Path.home() / ".ssh" / "known_hosts", Path.home() / ".ssh" / "known_hosts2", SYSTEM_FILE]
+
+
+def entries(path: Path, place: Place) -> tuple[Entry, ...]:
+    """What a known_hosts file says of a host. Like ssh, a host on an unusual port that is not listed with it may be
+    listed without."""
+    if not path.exists():
+        return ()
+    return _find(path, place.name) or (_find(path, place.host) if place.port != 22 else ())
+
+
+def verify(shown: HostKey, site: Site, place: Place, known_hosts: Path) -> None:
+    """HostKeyRefused unless the key that the host shows is trusted. Called before any credential is sent."""
+    ours = entries(known_hosts, place)
+    theirs = [entry for path in user_files() for entry in entries(path, place)]
+    if any(entry.marker == "@revoked" and entry.key == shown for entry in (*ours, *theirs)):
+        raise HostKeyRefused(
+            f"the host key that {place} shows, {shown}, is marked as revoked in your known_hosts",
+            hint="do not log in there; ask the facility",
+            site=site.name,
+        )
+    plain = [entry.key for entry in ours if not entry.marker]
+    if shown in plain:
+        return
+    certified = any(entry.marker == "@cert-authority" for entry in (*ours, *theirs))
+    own = [entry.key for entry in theirs if not entry.marker]
+    if shown in own:
+        # All of them: a login alias may lead to several machines, each with its own key.
+        record(known_hosts, place, own)
+    elif shown.fingerprint in _published(site) or (certified and _vouched(shown, site, place, known_hosts)):
+        record(known_hosts, place, [shown])
+    else:
+        raise _refused(shown, site, place, [*plain, *own])
+
+
+def kinds_on_file(site: Site, place: Place, known_hosts: Path) -> tuple[str, ...]:
+    """The key types known of a host: asked for first, so that its other keys do not look like a change."""
+    found = [entry for path in (known_hosts, *user_files()) for entry in entries(path, place)]
+    return tuple(dict.fromkeys(entry.key.kind for entry in found if not entry.marker))
+
+
+def record(known_hosts: Path, place: Place, keys: Iterable[HostKey]) -> None:
+    """Add a host's keys to the campaign's file, each once."""
+    with _locked(known_hosts) as stream:
+        text = stream.read()
+        present = text.splitlines()
+        lines = [f"{place.name} {key.kind} {base64.b64encode(key.blob).decode()}" for key in keys]
+        fresh = [line for line in dict.fromkeys(lines) if line not in present]
+        broken = "\n" if text and not text.endswith("\n") else ""
+        stream.write(broken + "".join(line + "\n" for line in fresh))
+        stream.flush()
+        os.fsync(stream.fileno())
+
+
+def replace(known_hosts: Path, place: Place, key: HostKey) -> None:
+    """Let this be the only key of the host by its own name in the campaign's file; lines with markers stay."""
+    old = {entry.number: entry.hosts for entry in entries(known_hosts, place) if not entry.marker}
+    if old:
+        kept = []
+        for number, line in enumerate(known_hosts.read_text(encoding="utf-8").splitlines(), 1):
+            hosts = old.get(number, "")
+            others = ",".join(host for host in hosts.split(",") if host != place.name and not host.startswith("|"))
+            if not hosts or others:
+                kept.append(line.replace(hosts, others, 1))
+        draft = known_hosts.with_name(f".{known_hosts.name}.{os.getpid()}")
+        draft.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+        draft.chmod(0o600)
+        draft.rename(known_hosts)
+    record(known_hosts, place, [key])
+
+
+def _refused(shown: HostKey, site: Site, place: Place, known: Sequence[HostKey]) -> HostKeyRefused:
+    what = f"the host key of {place} is unknown: it shows {shown}"
+    if known:
+        what = (
+            f"the host key of {place} has changed: it shows {shown}; on file is {', '.join(map(str, known))}. "
+            "Somebody may be listening in"
+        )
+    return HostKeyRefused(
+        f"{what}. Nothing was sent to it",
+        hint="compare it with what the facility publishes; if it is right: "
+        f"flctl site trust {site.name} {shown.fingerprint}",
+        site=site.name,
+    )
+
+
+def _published(site: Site) -> set[str]:
+    return {fingerprint.rstrip("=") for fingerprint in (*site.login.host_keys, *site.transfer.host_keys)}
+
+
+def _find(path: Path, name: str) -> tuple[Entry, ...]:
+    try:
+        done = subprocess.run(
+            ["ssh-keygen", "-F", name, "-f", str(path)],
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            errors="replace",
+            timeout=20,
+            env=environment(),
+            check=False,
+        )
+    except FileNotFoundError:
+        raise ConfigurationError(
+            "ssh-keygen is not installed", hint="install OpenSSH's client (Debian: apt-get install openssh-client)"
+        ) from None
+    found, number = [], 0
+    for line in done.stdout.splitlines():
+        if line.startswith("#"):
+            match = re.search(r"found: line (\d+)", line)
+            number = int(match[1]) if match else 0
+        elif entry := _parsed(number, line):
+            found.append(entry)
+    return tuple(found)
+
+
+def _parsed(number: int, line: str) -> Entry | None:
+    words = line.split()
+    marker = words.pop(0) if words and words[0].startswith("@") else ""
+    try:
+        hosts, kind, text = words[:3]
+        return Entry(number=number, marker=marker, hosts=hosts, key=HostKey(kind=kind, blob=base64.b64decode(text)))
+    except (ValueError, binascii.Error):
+        return None
+
+
+def _vouched(shown: HostKey, site: Site, place: Place, known_hosts: Path) -> bool:
+    """Whether a known certificate authority signed this key: ssh, which can check that, meets the host and goes away
+    before authenticating (the method "none" is all that it may try)."""
+    algorithm = f"{shown.kind}-cert-v01@openssh.com"
+    algorithms = [algorithm] if shown.kind != "ssh-rsa" else [f"rsa-sha2-{n}-cert-v01@openssh.com" for n in (512, 256)]
+    files = " ".join(quoted(path) for path in (known_hosts, *user_files()) if path.exists())
+    argv = ssh(site, place, known_hosts)
+    first = ["-o", f"UserKnownHostsFile={files}", "-o", f"HostKeyAlgorithms={','.join(algorithms)}"]
+    first += ["-o", "PreferredAuthentications=none", "-o", "LogLevel=DEBUG1", "-o", "PubkeyAuthentication=no"]
+    try:
+        done = subprocess.run(
+            [argv[0], *first, *argv[1:], place.host, "exit"],
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            errors="replace",
+            timeout=2 * CONNECT_TIMEOUT,
+            env=environment(),
+            check=False,
+        )
+    except subprocess.TimeoutExpired:
+        return False
+    certified = re.search(r"^debug1: Server host certificate: \S+ (SHA256:\S+),", done.stderr, re.MULTILINE)
+    matched = re.search(
+        r"^debug1: Host '.*' is known and matches the \S+-CERT host certificate\.", done.stderr, re.MULTILINE
+    )
+    return bool(certified and matched and certified[1] == shown.fingerprint)
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[TextIO]:
+    """A file open for reading and appending, for this process and thread alone."""
+    while True:
+        descriptor = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        with os.fdopen(descriptor, "r+", encoding="utf-8", errors="replace") as stream:
+            fcntl.flock(stream, fcntl.LOCK_EX)
+            # Another process may have renamed a new file over it meanwhile.
+            if os.path.samestat(os.fstat(descriptor), path.stat()):
+                yield stream
+                return

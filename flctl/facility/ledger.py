@@ -1,0 +1,118 @@
+"""Owns the ledger of one-time codes: each time step of each secret is used once, by any process of this user."""
+
+import fcntl
+import hashlib
+import hmac
+import json
+import os
+import secrets
+import stat
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from flctl.errors import CodeSpent, ConfigurationError
+
+MARGIN = 3.0
+"""Seconds that must be left in a step before its code is sent: it has to arrive and be checked within it."""
+
+
+Entries = dict[str, Any]
+
+
+def state_folder() -> Path:
+    """The user's state folder of flctl, private to the user."""
+    base = os.environ.get("XDG_STATE_HOME", "")
+    folder = (Path(base) if base.startswith("/") else Path.home() / ".local" / "state") / "flctl"
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    found = folder.lstat()
+    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.geteuid() or stat.S_IMODE(found.st_mode) & 0o077:
+        raise ConfigurationError(
+            f"{folder} must be a folder of yours that nobody else can enter: it keeps which one-time codes were used",
+            hint=f"chmod 700 {folder}",
+        )
+    return folder
+
+
+def check(key: bytes, period: int, *, now: float | None = None) -> None:
+    """CodeSpent if the code of the present time step is used, or if too little of the step is left."""
+    with _ledger() as (entries, _):
+        _refuse_if_spent(entries, key, period, time.time() if now is None else now)
+
+
+def spend(key: bytes, period: int, *, now: float | None = None) -> int:
+    """Take the present time step for this caller alone; its number. Written to disk before this returns, so that a
+    crash can only waste a code, never use one twice. CodeSpent if it is taken already."""
+    moment = time.time() if now is None else now
+    with _ledger() as (entries, path):
+        _refuse_if_spent(entries, key, period, moment)
+        step = int(moment // period)
+        entries["used_until"][_name(entries, key)] = (step + 1) * period
+        _write(path, entries)
+        return step
+
+
+def _refuse_if_spent(entries: Entries, key: bytes, period: int, now: float) -> None:
+    following = (now // period + 1) * period
+    used_until = entries["used_until"].get(_name(entries, key), 0)
+    if used_until > now:
+        raise CodeSpent(
+            "the one-time code of this moment is already used; a code works once",
+            until=float(used_until),
+            hint=f"wait {used_until - now:.0f} s for the next one",
+        )
+    if following - now < min(MARGIN, period / 10):
+        raise CodeSpent(
+            "the one-time code of this moment is about to expire",
+            until=following,
+            hint=f"wait {following - now:.0f} s for the next one",
+        )
+
+
+def _name(entries: Entries, key: bytes) -> str:
+    """A secret's name in the ledger; it tells nothing about the secret."""
+    return hmac.new(bytes.fromhex(entries["salt"]), key, hashlib.sha256).hexdigest()
+
+
+@contextmanager
+def _ledger() -> Iterator[tuple[Entries, Path]]:
+    """The ledger and where it lies, for this process and thread alone."""
+    folder = state_folder()
+    lock = os.open(folder / "codes.lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield _read(folder / "codes.json"), folder / "codes.json"
+    finally:
+        os.close(lock)
+
+
+def _read(path: Path) -> Entries:
+    try:
+        entries = json.loads(path.read_text(encoding="ascii"))
+        bytes.fromhex(entries["salt"])
+        if all(isinstance(value, int) for value in entries["used_until"].values()):
+            return {"salt": entries["salt"], "used_until": dict(entries["used_until"])}
+    except FileNotFoundError:
+        return {"salt": secrets.token_hex(16), "used_until": {}}
+    except (ValueError, KeyError, TypeError, AttributeError):
+        pass
+    raise ConfigurationError(
+        f"{path}, which keeps which one-time codes were used, cannot be understood",
+        hint=f"wait a minute, so that no code of its time is valid any more, then rm {path}",
+    )
+
+
+def _write(path: Path, entries: Entries) -> None:
+    draft = path.with_name(f".{path.name}.{os.getpid()}")
+    with os.fdopen(os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW, 0o600), "w") as stream:
+        json.dump(entries, stream)
+        stream.flush()
+        os.fsync(stream.fileno())
+    draft.rename(path)
+    folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)

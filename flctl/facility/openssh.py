@@ -1,0 +1,149 @@
+"""Owns how the system's OpenSSH is called: options that leave nothing to configuration files, a bare environment."""
+
+import os
+import re
+import shlex
+from dataclasses import dataclass
+from pathlib import Path
+
+from flctl.errors import SiteUnreachable
+from flctl.facility.profile import Site
+
+CIPHERS = (
+    "aes128-gcm@openssh.com",
+    "aes256-gcm@openssh.com",
+    "chacha20-poly1305@openssh.com",
+    *("aes128-ctr", "aes192-ctr", "aes256-ctr"),
+)
+"""AES-GCM first: with AES instructions it is several times faster than OpenSSH's default, chacha20."""
+
+ALIVE_INTERVAL, ALIVE_COUNT = 15, 4
+"""A peer that does not answer for a minute is dead. rsync's own --timeout does not notice a black hole."""
+
+CONNECT_TIMEOUT = 20
+
+_INHERITED = ("PATH", "HOME", "USER", "LOGNAME", "SHELL", "TMPDIR", "TZ", "SSH_AUTH_SOCK", "XDG_RUNTIME_DIR")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Place:
+    """One host of a site as ssh names it."""
+
+    host: str
+    port: int
+    user: str
+
+    @property
+    def name(self) -> str:
+        """Its name in a known_hosts file."""
+        return self.host if self.port == 22 else f"[{self.host}]:{self.port}"
+
+    def __str__(self) -> str:
+        return self.name
+
+
+def login_place(site: Site) -> Place:
+    return Place(host=site.login.host, port=site.login.port, user=site.login.user)
+
+
+def transfer_place(site: Site) -> Place:
+    if not site.transfer.host:
+        return login_place(site)
+    return Place(host=site.transfer.host, port=site.transfer.port, user=site.login.user)
+
+
+def jump_place(site: Site) -> Place | None:
+    """The host that connections go through; its user is the site's own where the profile names none."""
+    match = re.fullmatch(r"(?:([^@]+)@)?([^:]+)(?::(\d+))?", site.login.jump)
+    if not match:
+        return None
+    return Place(host=match[2], port=int(match[3] or 22), user=match[1] or site.login.user)
+
+
+def expand(path: str) -> Path:
+    """A path of a profile on this machine: `~` and variables replaced."""
+    return Path(os.path.expandvars(path)).expanduser()
+
+
+def certificate_path(site: Site) -> Path:
+    return expand(site.login.certificate or f"{site.login.key}-cert.pub")
+
+
+def ssh(site: Site, place: Place, known_hosts: Path, *, code: bool = False, via_jump: bool = True) -> list[str]:
+    """The argv of an ssh to `place`, without the host. `code`: a one-time code will be asked for and answered."""
+    options = {
+        "UserKnownHostsFile": quoted(known_hosts),
+        "GlobalKnownHostsFile": "/dev/null",
+        "StrictHostKeyChecking": "yes",
+        "CheckHostIP": "no",
+        "UpdateHostKeys": "no",
+        "VerifyHostKeyDNS": "no",
+        "PreferredAuthentications": "publickey,keyboard-interactive" if code else "publickey",
+        "PasswordAuthentication": "no",
+        "NumberOfPasswordPrompts": "1",
+        "BatchMode": "no" if code else "yes",
+        "Ciphers": ",".join(CIPHERS),
+        "Compression": "no",
+        "ConnectTimeout": str(CONNECT_TIMEOUT),
+        "ServerAliveInterval": str(ALIVE_INTERVAL),
+        "ServerAliveCountMax": str(ALIVE_COUNT),
+        "ForwardAgent": "no",
+        "ForwardX11": "no",
+        "ClearAllForwardings": "yes",
+        "PermitLocalCommand": "no",
+        "RequestTTY": "no",
+        "LogLevel": "ERROR",
+        **_identity(site),
+    }
+    if via_jump and site.login.jump:
+        options["ProxyCommand"] = shlex.join(jump_command(site, place, known_hosts)).replace("%", "%%")
+    words = [word for name, value in options.items() for word in ("-o", f"{name}={value}")]
+    return ["ssh", "-F", "none", *words, "-p", str(place.port), "-l", place.user]
+
+
+def jump_command(site: Site, place: Place, known_hosts: Path) -> list[str]:
+    """The argv of an ssh to the jump host that carries a connection to `place` on its standard streams."""
+    jump = jump_place(site)
+    if jump is None:
+        raise ValueError("the site has no jump host")
+    host = f"[{place.host}]" if ":" in place.host else place.host
+    return [*ssh(site, jump, known_hosts, via_jump=False), "-W", f"{host}:{place.port}", jump.host]
+
+
+def environment(**extra: str) -> dict[str, str]:
+    """What our ssh and rsync children get of our environment: secrets kept in variables are not among it, nor are
+    RSYNC_RSH and the like. Messages come in English, because they are read."""
+    inherited = {name: os.environ[name] for name in _INHERITED if name in os.environ}
+    return {"PATH": os.defpath, **inherited, "LC_ALL": "C", **extra}
+
+
+def printable(text: str, limit: int = 300) -> str:
+    """Words of a server as one printable line: escape sequences and control characters removed, cut at `limit`."""
+    text = re.sub(r"\x1b\[[0-?]*[ -/]*[@-~]|\x1b\][^\x07\x1b]*(?:\x07|\x1b\\)?", "", text)
+    text = " ".join("".join(c if c.isprintable() else " " for c in text).split())
+    return text if len(text) <= limit else text[:limit] + "..."
+
+
+def unreachable(site: Site, place: Place, error: BaseException) -> SiteUnreachable:
+    words = printable(str(error)) or type(error).__name__
+    return SiteUnreachable(
+        f"{place} cannot be reached: {words}",
+        hint=f"is the name right (sites/{site.name}.toml), is the network up? Otherwise it is tried again later",
+        site=site.name,
+    )
+
+
+def _identity(site: Site) -> dict[str, str]:
+    login = site.login
+    if login.key == "agent":
+        return {"IdentitiesOnly": "no", "IdentityFile": "none"}
+    identity = {"IdentitiesOnly": "yes", "IdentityFile": quoted(expand(login.key))}
+    if login.kind == "certificate":
+        identity["CertificateFile"] = quoted(certificate_path(site))
+    return identity
+
+
+def quoted(path: Path) -> str:
+    """A path as a value of an ssh option, which splits at blanks and expands %."""
+    text = str(path).replace("\\", "\\\\").replace('"', '\\"').replace("%", "%%")
+    return f'"{text}"'

@@ -1,0 +1,106 @@
+"""Owns the road for rsync over the connection that flctl has already: where a login of its own would cost a code."""
+
+import contextlib
+import io
+import os
+import socket
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from flctl.errors import FlctlError, SiteUnreachable
+from flctl.facility.openssh import printable
+from flctl.facility.profile import Site
+from flctl.facility.sockets import listening, remove, socket_folder
+from flctl.facility.transfer import Shell
+
+if TYPE_CHECKING:
+    import paramiko
+
+    from flctl.facility.connection import Road
+
+CHUNK = 1 << 17
+
+
+class OverConnection:
+    """rsync over a channel of the connection that is there: no second login."""
+
+    refusal: FlctlError | None = None
+
+    def __init__(self, site: Site, road: "Road", wire: "paramiko.Transport") -> None:
+        self.site, self.road, self.lock_fds, self._wire = site, road, road.lock_fds, wire
+        self._folder = socket_folder(road.runtime)
+        self._problem = ""
+
+    @contextlib.contextmanager
+    def open(self) -> Iterator[Shell]:
+        address, self._problem = self._folder / "bridge", ""
+        with listening(address, self._carry):
+            script = Path(__file__).with_name("bridge.py")
+            yield Shell(argv=[sys.executable, "-I", str(script), str(address)], host="site", environment={})
+
+    def explain(self, status: int, words: str) -> FlctlError | None:
+        if self._wire.is_active() and not self._problem:
+            return None
+        return SiteUnreachable(
+            f"the connection was lost while files moved: {self._problem or 'the site does not answer'}",
+            hint="the next contact goes on where it stopped",
+            site=self.site.name,
+        )
+
+    def close(self) -> None:
+        remove(self._folder, self.road.runtime)
+
+    def _carry(self, link: socket.socket) -> None:
+        """One rsync: its streams and its command come over the link, its exit status goes back."""
+        streams = [io.FileIO(number, "r+") for number in socket.recv_fds(link, 1, 3)[1]]
+        for stream in streams:
+            # rsync leaves some of them non-blocking for the ssh that it expects.
+            os.set_blocking(stream.fileno(), True)
+        reader = threading.Thread(target=lambda: None)
+        status = 255
+        try:
+            command = b"".join(iter(lambda: link.recv(65536), b""))
+            channel = self._wire.open_session(timeout=30)
+            try:
+                channel.exec_command(command)
+                reader = threading.Thread(target=_up, args=(streams[0], channel), daemon=True)
+                status = _exchange(channel, reader, streams)
+            finally:
+                channel.close()
+        except Exception as error:  # whatever the library throws, rsync must hear that it is over
+            self._problem = printable(str(error)) or type(error).__name__
+        with contextlib.suppress(OSError):
+            link.sendall(bytes([status if 0 <= status <= 255 else 255]))
+        # It reads until rsync, which has its exit status now, is gone: no descriptor is closed under it.
+        if reader.ident:
+            reader.join()
+        for stream in streams:
+            stream.close()
+
+
+def _exchange(channel: Any, reader: threading.Thread, streams: list[io.FileIO]) -> int:
+    complaints = threading.Thread(target=_down, args=(channel.recv_stderr, streams[2]), daemon=True)
+    reader.start()
+    complaints.start()
+    _down(channel.recv, streams[1])
+    streams[1].close()
+    complaints.join(timeout=5)
+    return int(channel.recv_exit_status())
+
+
+def _up(stream: io.FileIO, channel: Any) -> None:
+    with contextlib.suppress(OSError, EOFError):
+        while data := os.read(stream.fileno(), CHUNK):
+            channel.sendall(data)
+        channel.shutdown_write()
+
+
+def _down(receive: Callable[[int], bytes], stream: io.FileIO) -> None:
+    with contextlib.suppress(OSError, EOFError):
+        while data := receive(CHUNK):
+            view = memoryview(data)
+            while view:
+                view = view[os.write(stream.fileno(), view) :]

@@ -1,0 +1,246 @@
+"""Owns the road for rsync over the system's ssh, with a login of its own: one shared connection where the facility
+allows that, else one per rsync."""
+
+import contextlib
+import re
+import select
+import shlex
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from flctl.errors import (
+    CodeSpent,
+    ConfigurationError,
+    FlctlError,
+    HostKeyRefused,
+    Interrupted,
+    LoginNeeded,
+    SiteUnreachable,
+)
+from flctl.facility.codes import Answers
+from flctl.facility.openssh import environment, printable, quoted, ssh, transfer_place, unreachable
+from flctl.facility.profile import Site
+from flctl.facility.sockets import listening, remove, socket_folder
+from flctl.facility.transfer import Shell, end
+
+if TYPE_CHECKING:
+    from flctl.facility.connection import Road
+
+LOGIN_TIMEOUT = 120.0
+LINGER = 10
+"""Seconds for which a shared ssh connection outlives the flctl that opened it."""
+
+
+class OverSsh:
+    """rsync over the system's ssh. Questions of the server are brought to us and answered as at any login."""
+
+    def __init__(self, site: Site, road: "Road", count: Callable[[], None]) -> None:
+        self.site, self.road, self.lock_fds, self._count = site, road, road.lock_fds, count
+        self._place = transfer_place(site)
+        self._coded = site.login.kind == "key+totp"
+        self._folder = socket_folder(road.runtime)
+        self._answers: Answers | None = None
+        self._given_up = threading.Event()
+        self._lifeline: socket.socket | None = None
+        self._masters = 0
+
+    @property
+    def refusal(self) -> FlctlError | None:
+        """Why a question of this login was not answered; the login must be ended then, or ssh answers nothing."""
+        return self._answers.refusal if self._answers else None
+
+    @contextlib.contextmanager
+    def open(self) -> Iterator[Shell]:
+        from flctl.facility.login import check_jump, check_place
+
+        check_jump(self.site, self.road.known_hosts)
+        check_place(self.site, self._place, self.road.known_hosts)
+        if self.site.login.multiplex:
+            if not self._master_lives():
+                self._open_master()
+            argv = [*self._ssh(code=False), *self._control(), "-o", "ControlMaster=no"]
+            yield Shell(argv=argv, host=_bracketed(self._place.host), environment={})
+            return
+        with self._asking() as variables:
+            argv = [*self._ssh(code=self._coded), "-o", "ControlPath=none"]
+            try:
+                yield Shell(argv=argv, host=_bracketed(self._place.host), environment=variables)
+            except (SiteUnreachable, LoginNeeded, HostKeyRefused):
+                raise
+            except FlctlError:
+                self._count()
+                raise
+        self._count()
+
+    def explain(self, status: int, words: str) -> FlctlError | None:
+        if self.refusal is not None:
+            return self.refusal
+        if re.search(r"Host key verification failed|HOST IDENTIFICATION HAS CHANGED|host key is known", words):
+            return self._host_key_refused(words)
+        if re.search(r"Permission denied \(|Too many authentication failures", words):
+            what = (
+                "one-time code" if self._answers and self._answers.sent else self.site.login.kind.removesuffix("+totp")
+            )
+            return LoginNeeded(
+                f"{self._place} refused the {what}: {printable(words)}",
+                hint="is it registered there, does the key have a passphrase (then ssh-add)? "
+                f"After that: flctl release {self.site.name}",
+                site=self.site.name,
+            )
+        return None
+
+    def close(self) -> None:
+        if self._lifeline is not None:
+            with contextlib.suppress(OSError, subprocess.TimeoutExpired):
+                argv = ["ssh", "-F", "none", *self._control(), "-O", "exit", self._place.host]
+                subprocess.run(argv, env=environment(), capture_output=True, timeout=10, check=False)
+            self._lifeline.close()
+            self._lifeline = None
+        remove(self._folder, self.road.runtime)
+
+    # The shared connection
+
+    def _ssh(self, *, code: bool) -> list[str]:
+        return ssh(self.site, self._place, self.road.known_hosts, code=code)
+
+    def _control(self) -> list[str]:
+        return ["-o", f"ControlPath={quoted(self._folder / f'ssh{self._masters}')}"]
+
+    def _open_master(self) -> None:
+        """Log in, and leave the connection to an ssh in the background. It ends with `close`, or LINGER seconds after
+        this process: it counts our lifeline as a user of it."""
+        self._masters += 1
+        options = ["-o", "ControlMaster=yes", "-o", f"ControlPersist={LINGER}"]
+        argv = [*self._ssh(code=self._coded), *self._control(), *options, "-f", "-N", self._place.host]
+        with self._asking() as variables, tempfile.TemporaryFile() as errors:
+            child = subprocess.Popen(
+                argv,
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=errors,
+                env=environment(**variables),
+                start_new_session=True,
+            )
+            status = self._wait(child)
+            errors.seek(0)
+            words = errors.read(65536).decode("utf-8", "replace")
+        if status != 0:
+            raise self.explain(status, words) or unreachable(self.site, self._place, OSError(printable(words)))
+        self._count()
+        self._lifeline = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        self._lifeline.connect(str(self._folder / f"ssh{self._masters}"))
+
+    def _wait(self, child: "subprocess.Popen[bytes]") -> int:
+        deadline = time.monotonic() + LOGIN_TIMEOUT
+        try:
+            while time.monotonic() < deadline:
+                if self.refusal is not None:
+                    raise self.refusal
+                if self.road.stop():
+                    raise Interrupted("logging in was interrupted", site=self.site.name)
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    return child.wait(timeout=0.1)
+            raise SiteUnreachable(
+                f"{self._place} did not let us in within {LOGIN_TIMEOUT:.0f} s",
+                hint="it is tried again later",
+                site=self.site.name,
+            )
+        finally:
+            end(child)
+
+    def _master_lives(self) -> bool:
+        if self._lifeline is None:
+            return False
+        with contextlib.suppress(OSError):
+            while select.select([self._lifeline], [], [], 0)[0]:
+                if not self._lifeline.recv(4096):
+                    break
+            else:
+                return True
+        self._lifeline.close()
+        self._lifeline = None
+        return False
+
+    # Questions
+
+    @contextlib.contextmanager
+    def _asking(self) -> Iterator[dict[str, str]]:
+        """The environment in which ssh brings its questions to us; empty where it has none to ask."""
+        self._answers = None
+        if not self._coded:
+            yield {}
+            return
+        self._answers = self._fresh_answers()
+        self._given_up.clear()
+        address, program = self._folder / "ask", self._folder / "askpass"
+        script = Path(__file__).with_name("askpass.py")
+        command = shlex.join([sys.executable, "-I", str(script), str(address)])
+        program.write_text(f'#!/bin/sh\nexec {command} "$@"\n', encoding="utf-8")
+        program.chmod(0o700)
+        self._check_runs(program)
+        with listening(address, self._reply):
+            try:
+                # DISPLAY: an ssh older than 8.4 asks a program only if it believes in a screen.
+                yield {"SSH_ASKPASS": str(program), "SSH_ASKPASS_REQUIRE": "force", "DISPLAY": ":flctl"}
+            finally:
+                self._given_up.set()
+
+    def _fresh_answers(self) -> Answers:
+        """Answers for a second login within one contact. Its code cannot be the first one's, so it waits for the next
+        time step: to leave would mean to begin each contact with a login and never come to the second."""
+        while True:
+            try:
+                return Answers(self.site)
+            except CodeSpent as spent:
+                if spent.until - time.time() > 2 * self.site.login.totp.period:
+                    raise
+                while time.time() < spent.until:
+                    if self.road.stop():
+                        raise Interrupted("waiting for a code was interrupted", site=self.site.name) from None
+                    time.sleep(min(0.2, max(0.0, spent.until - time.time())))
+
+    def _reply(self, link: socket.socket) -> None:
+        question = b"".join(iter(lambda: link.recv(65536), b"")).decode("utf-8", "replace")
+        # ssh puts (user@host) before the server's own words.
+        question = question.removeprefix(f"({self._place.user}@{self._place.host}) ")
+        if self._answers is None:
+            return
+        try:
+            link.sendall(self._answers.answer(question).encode("ascii") + b"\n")
+        except FlctlError:
+            # Without an answer ssh would send an empty one, which counts as an attempt: it waits until it is ended.
+            self._given_up.wait(LOGIN_TIMEOUT)
+
+    def _check_runs(self, program: Path) -> None:
+        try:
+            subprocess.run([program], env=environment(), stdin=subprocess.DEVNULL, timeout=30, check=True)
+        except (OSError, subprocess.SubprocessError) as error:
+            raise ConfigurationError(
+                f"no program can be run in {program.parent}: {error}",
+                hint="set TMPDIR to a folder that is not mounted noexec",
+                site=self.site.name,
+            ) from error
+
+    def _host_key_refused(self, words: str) -> FlctlError:
+        from flctl.facility.login import reach
+
+        try:
+            reach(self.site, self._place, self.road.known_hosts).close()
+        except FlctlError as error:
+            return error
+        return HostKeyRefused(
+            f"ssh does not trust the host key of {self._place}: {printable(words)}",
+            hint=f"look at {self.road.known_hosts}",
+            site=self.site.name,
+        )
+
+
+def _bracketed(host: str) -> str:
+    return f"[{host}]" if ":" in host else host
