@@ -1,0 +1,29 @@
+"""`flctl init`: make a campaign."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def register(app: typer.Typer) -> None:
+    app.command()(init)
+
+
+def init(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="A new folder for the campaign.")],
+    sites: Annotated[list[str], typer.Option("--sites", help="Shipped profiles by name, or paths: a b | a,b.")],
+    model: Annotated[Path, typer.Option("--model", help="A Hugging Face folder with safetensors weights.")],
+    seed: Annotated[int, typer.Option("--seed", min=0, help="The campaign's seed.")] = 0,
+) -> None:
+    """Make a campaign: flctl.toml, site profiles, job templates, model 0000. Never overwrites."""
+    from flctl.campaign.creation import create, profiles_of, unfilled
+
+    workspace = create(folder, profiles=profiles_of(sites), model=model, seed=seed)
+    print(f"campaign {workspace.label} is in {workspace.root}")
+    gaps = unfilled(workspace)
+    if gaps:
+        print("fill in:")
+    for site, keys in gaps.items():
+        print(f"  {workspace.root / 'sites' / (site + '.toml')}: {', '.join(keys)}")
+    print(f"then type:\n  cd {workspace.root}\n  flctl site test\n  flctl round")

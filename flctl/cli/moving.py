@@ -1,0 +1,80 @@
+"""Owns a process that moves a campaign: its engine, its runtime folder, its signals."""
+
+import os
+import signal
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeVar
+
+from flctl.campaign.workspace import Workspace
+from flctl.errors import CodeSpent, Interrupted
+
+if TYPE_CHECKING:
+    from flctl.campaign.engine import Engine
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+CODE_PATIENCE = 65.0
+T = TypeVar("T")
+
+
+def find(folder: Path | None) -> Workspace:
+    return Workspace.find(folder, os.environ, Path.cwd())
+
+
+@contextmanager
+def moving(workspace: Workspace, tell: Callable[[str], None] = lambda line: None) -> "Iterator[Engine]":
+    """An engine for this process. The first Ctrl-C, SIGTERM or SIGHUP stops it in order, the second ends at once."""
+    from flctl.campaign.engine import Engine
+
+    stop = threading.Event()
+
+    def interrupt(number: int, frame: object) -> None:
+        if stop.is_set():
+            os._exit(130)
+        stop.set()
+        print("\nflctl: stopping; once more to leave at once", file=sys.stderr)
+
+    before = {number: signal.signal(number, interrupt) for number in SIGNALS}
+    engine = Engine(workspace=workspace, runtime=Path(tempfile.mkdtemp(prefix="flctl-")), stop=stop, tell=tell)
+    try:
+        yield engine
+    except Interrupted:
+        engine.close()
+        leave_interrupted(workspace)
+    finally:
+        engine.close()
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def leave_interrupted(workspace: Workspace) -> None:
+    """Say what still runs where, and leave with 130 whatever a thread may still wait for."""
+    runs = [run for run in workspace.runs() if run.open]
+    for run in runs:
+        job = f", job {run.job.id}" if run.job.id else ""
+        print(f"flctl: {run.site}: run {run.number:04d} is {run.stage}{job}", file=sys.stderr)
+    if runs:
+        print("  -> jobs at the sites go on; so does flctl round, from here", file=sys.stderr)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(130)
+
+
+def patiently(action: "Callable[[], T]", stop: threading.Event) -> T:
+    """Do something that may need a fresh one-time code; wait for the next time step once if this one's is used."""
+    deadline = time.monotonic() + CODE_PATIENCE
+    while True:
+        try:
+            return action()
+        except CodeSpent as spent:
+            pause = spent.until - time.time() + 0.5
+            if time.monotonic() + pause > deadline:
+                raise
+            print(f"flctl: {spent.message}; waiting {max(0.0, pause):.0f} s for the next", file=sys.stderr)
+            if stop.wait(max(0.1, pause)):
+                raise Interrupted("interrupted") from spent

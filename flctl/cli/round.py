@@ -1,0 +1,171 @@
+"""`flctl round`: make the next models, and show what each site is doing while they are made."""
+
+import re
+import sys
+import time
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from flctl.campaign.workspace import Workspace
+from flctl.cli.moving import find, moving
+from flctl.cli.output import Grid, console, number, print_failures, print_json
+from flctl.errors import UsageError
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from flctl.campaign.engine import Engine
+    from flctl.campaign.rounds import Outcome
+
+
+def register(app: typer.Typer) -> None:
+    app.command(name="round")(round_)
+
+
+def round_(
+    context: typer.Context,
+    sites: Annotated[list[str] | None, typer.Option("--sites", help="Sites: a b | a,b | all.")] = None,
+    rounds: Annotated[int | None, typer.Option("--rounds", min=1, help="How many new models. Default: 1.")] = None,
+    steps: Annotated[int | None, typer.Option("--steps", min=1, help="Optimizer steps of each run.")] = None,
+    wait: Annotated[str | None, typer.Option("--wait", help="Give up waiting after: 90, 45s, 30m, 12h, 2d.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print plan and job scripts; touch nothing.")] = False,
+    json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
+) -> None:
+    """Train at the sites, fetch, merge: make the next model of the campaign. An interrupted round goes on."""
+    from flctl.campaign.planning import open_plan
+
+    workspace = find(context.obj)
+    limit = duration(wait)
+    if dry_run:
+        _print_dry_run(workspace, sites or [], rounds, steps, json)
+        return
+    open_plan(workspace, sites or [], rounds, steps)
+    raise typer.Exit(run_round(workspace, limit, json=json))
+
+
+def run_round(workspace: Workspace, wait: float | None, *, json: bool = False) -> int:
+    """Drive the open plan to its end with a view of it. Returns the exit code."""
+    from flctl.campaign.report import progress
+    from flctl.campaign.rounds import drive
+
+    live = sys.stdout.isatty() and not json
+    stream = sys.stderr if json else sys.stdout
+    first = workspace.newest_model().version
+    lines = View(workspace, stream if not live else None)
+    with moving(workspace, lines.tell) as engine:
+        lines.engine = engine
+        with lines:
+            outcome = drive(engine, wait=wait, pause=engine.stop.wait)
+    if json:
+        data = progress(workspace, done=outcome.done)
+        print_json("round", status=outcome.status, exit_code=outcome.exit_code, data=data, errors=outcome.errors)
+    else:
+        _print_end(workspace, outcome, first)
+    return outcome.exit_code
+
+
+class View:
+    """What `round` shows while it works: a live table on a terminal, a line per change elsewhere."""
+
+    def __init__(self, workspace: Workspace, stream: object) -> None:
+        self.workspace = workspace
+        self.stream = stream
+        self.engine: Engine | None = None
+        self._live = None
+        if stream is None:
+            from rich.live import Live
+
+            self._live = Live(get_renderable=self._table, console=console(), refresh_per_second=4, transient=True)
+
+    def __enter__(self) -> "View":
+        if self._live is not None:
+            self._live.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self._live is not None:
+            self._live.stop()
+
+    def tell(self, line: str) -> None:
+        stamped = f"{time.strftime('%H:%M:%S')}  {line}"
+        if self._live is not None:
+            self._live.console.print(stamped, markup=False)
+        else:
+            print(stamped, file=self.stream, flush=True)  # type: ignore[call-overload]
+
+    def _table(self) -> "Table":
+        from flctl.campaign.report import ago, state_of
+
+        grid = Grid(("site", "run", "state", "since", "now"), title=f"model {self._making():04d} is being made")
+        doing = dict(self.engine.doing) if self.engine else {}
+        open_runs = {run.site: run for run in self.workspace.runs() if run.open}
+        for site in sorted(open_runs):
+            run, now = open_runs[site], doing.get(site)
+            state = state_of(run, self.workspace.contact(site))
+            grid.add(site, f"{run.number}.{run.attempt}", state, ago(run.changed_at), _moving(now))
+        if "" in doing:
+            grid.add("", "", doing[""].what, ago(doing[""].since), "")
+        return grid.rich()
+
+    def _making(self) -> int:
+        return self.workspace.newest_model().version + 1
+
+
+def _moving(now: object) -> str:
+    """`pushing 0003  120 of 480 MB, 95.2 MB/s`, or what else the site's thread does."""
+    what, since = getattr(now, "what", ""), getattr(now, "since", 0.0)
+    moved, total = getattr(now, "moved", 0), getattr(now, "total", 0)
+    if not total:
+        return what
+    rate = moved / max(0.001, time.time() - since) / 1e6
+    return f"{what}  {moved / 1e6:.0f} of {total / 1e6:.0f} MB, {rate:.1f} MB/s"
+
+
+def _print_end(workspace: Workspace, outcome: "Outcome", first: int) -> None:
+    """The models made and each site's perplexities; then what went wrong."""
+    model = workspace.newest_model()
+    grid = Grid(("for model", "site", "steps", "samples", "perplexity of the base", "after training there"))
+    for run in workspace.runs():
+        if run.contribution is not None and run.order.round > first and run.order.work == "train":
+            scores = run.contribution.metrics.get("evaluation", {})
+            base, trained = (scores.get(key, {}).get("perplexity") for key in ("base", "trained"))
+            given = run.contribution
+            grid.add(
+                f"{run.order.round:04d}", run.site, str(given.steps), str(given.samples), number(base), number(trained)
+            )
+    if grid.rows:
+        grid.show()
+    print_failures(outcome.errors)
+    if outcome.done:
+        print(f"model {model.version:04d}  sha256 {model.sha256[:16]}  {workspace.model_folder(model.version)}")
+
+
+def _print_dry_run(workspace: Workspace, sites: list[str], rounds: int | None, steps: int | None, json: bool) -> None:
+    from flctl.campaign.rehearsal import rehearse
+
+    plan, scripts = rehearse(workspace, sites, rounds, steps)
+    if json:
+        data = {
+            "sites": plan.sites,
+            "first": plan.first,
+            "target": plan.target,
+            "steps": plan.steps,
+            "scripts": scripts,
+        }
+        print_json("round", status="ok", exit_code=0, data=data)
+        return
+    print(f"plan: models {plan.first:04d} to {plan.target:04d}, {plan.steps} steps a run, by {', '.join(plan.sites)}")
+    for site, script in scripts.items():
+        print(f"\n# ---- {site}: job.sh\n{script}", end="")
+    print("\nnothing was written, sent or submitted")
+
+
+def duration(text: str | None) -> float | None:
+    """Seconds of `90`, `45s`, `30m`, `12h`, `2d`."""
+    if text is None:
+        return None
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)([smhd]?)", text)
+    if match is None:
+        raise UsageError(f"--wait {text} is no duration", hint="write 90, 45s, 30m, 12h or 2d")
+    return float(match[1]) * {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400}[match[2]]

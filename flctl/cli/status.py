@@ -1,0 +1,66 @@
+"""`flctl status`: what the records say."""
+
+from typing import Annotated, Any
+
+import typer
+
+from flctl.campaign.workspace import Workspace
+from flctl.cli.moving import find
+from flctl.cli.output import Grid, print_json, seconds
+from flctl.records import Run
+
+
+def register(app: typer.Typer) -> None:
+    app.command()(status)
+
+
+def status(
+    context: typer.Context,
+    json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
+    everything: Annotated[bool, typer.Option("--all", help="Runs of earlier models too.")] = False,
+) -> None:
+    """Show the newest model, what each site is doing, and what waits for you. Reads records only."""
+    from flctl.campaign.report import summary
+
+    workspace = find(context.obj)
+    runs = workspace.runs()
+    data = summary(workspace, runs)
+    if json:
+        print_json("status", status="ok", exit_code=0, data=data)
+    else:
+        _print(workspace, runs, data, everything)
+
+
+def _print(workspace: Workspace, runs: tuple[Run, ...], data: dict[str, Any], everything: bool) -> None:
+    from flctl.campaign.report import ago, state_of
+
+    model, plan = data["model"], workspace.plan()
+    print(f"campaign {workspace.label} in {workspace.root}")
+    print(f"model {model['version']:04d}  sha256 {model['sha256'][:16]}  {model['path']}")
+    if plan is not None:
+        print(f"plan: models {plan.first:04d} to {plan.target:04d} by {', '.join(plan.sites)}")
+    grid = Grid(("site", "run", "work", "for model", "state", "since", "job", "steps", "queued", "ran", "note"))
+    shown = [run for run in runs if everything or run.open or run.order.round >= model["version"]]
+    rows = {(row["site"], row["number"]): row for row in data["runs"]}
+    for run in sorted(shown, key=lambda run: (run.order.round, run.site, run.number)):
+        row = rows[run.site, run.number]
+        grid.add(
+            run.site,
+            f"{run.number}.{run.attempt}",
+            run.order.work,
+            f"{run.order.round:04d}",
+            state_of(run, workspace.contact(run.site)),
+            ago(run.changed_at),
+            row["job_id"] or "",
+            str(row["steps"] or ""),
+            seconds(row["queue_seconds"]),
+            seconds(row["train_seconds"]),
+            row["note"],
+        )
+    if shown:
+        grid.show()
+    contacts = {site: workspace.contact(site) for site in workspace.profiles}
+    for site, contact in contacts.items():
+        if contact.held is not None:
+            print(f"{site} is HELD: {contact.held.reason}\n  -> put it right, then flctl release {site}")
+    print("logins so far: " + ", ".join(f"{site} {contact.logins}" for site, contact in contacts.items()))

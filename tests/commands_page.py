@@ -1,0 +1,55 @@
+"""docs/commands.md as the program itself tells it: `make docs` writes it, a test compares it."""
+
+from pathlib import Path
+
+from typer.main import get_command
+
+PAGE = Path(__file__).parent.parent / "docs" / "commands.md"
+
+HEAD = """\
+# Commands
+
+As `--help` prints them. The campaign of a command is `-C DIR`, else `$FLCTL_CAMPAIGN`, else the nearest folder upwards with a
+`flctl.toml`. `--sites` takes `a b`, `a,b` or `all`.
+
+| exit code | meaning |
+|---|---|
+| 0 | what was asked was done (also: a tick that finds nothing to do) |
+| 1 | internal error: a defect of flctl |
+| 2 | usage: the command line cannot be meant |
+| 3 | configuration: `flctl.toml`, a profile, a template, a secret's reference, a model folder |
+| 4 | a login is needed: refused, or the site is held |
+| 5 | a site cannot be reached |
+| 6 | a job failed, or was refused by the scheduler |
+| 7 | a transfer failed, or a hash differs |
+| 8 | aggregation refused: a contribution that may not be averaged, or too few of them |
+| 9 | a budget or quota would be exceeded |
+| 10 | another flctl has held the lock for more than 5 s |
+| 11 | `--wait` ran out |
+| 12 | unknown or changed host key |
+| 130 | interrupted |
+
+Of several, the first of 130, 1, 3, 12, 4, 5, 9, 7, 6, 8, 11 counts. With `--json` (`round`, `status`, `site test`, `campaign tick`)
+stdout is one object: `schema_version`, `command`, `status` (`ok`, `partial`: done, but something failed on the way, `error`),
+`exit_code`, `data`, and `errors`, each with `code`, `site`, `message`, `hint`. `data` of `status` holds `campaign`, `model`
+(`version`, `path`, `sha256`) and `runs` (`site`, `number`, `attempt`, `work`, `base`, `round`, `stage`, `held`, `job_id`, `steps`,
+`samples`, `queue_seconds`, `train_seconds`, `note`); that of `round` and `campaign tick` the same with `done` and `waiting`.
+"""
+
+
+def page() -> str:
+    from flctl.cli.main import app
+
+    return HEAD + "".join(_sections(get_command(app), ["flctl"]))
+
+
+def _sections(command, words: list[str]) -> list[str]:  # type: ignore[no-untyped-def]
+    context = command.context_class(command, info_name=" ".join(words), terminal_width=100, max_content_width=100)
+    sections = [f"\n## {' '.join(words)}\n\n```\n{command.get_help(context)}\n```\n"]
+    for name, inner in sorted(getattr(command, "commands", {}).items()):
+        sections += _sections(inner, [*words, name])
+    return sections
+
+
+if __name__ == "__main__":
+    PAGE.write_text(page())

@@ -1,0 +1,298 @@
+"""The main job on two real facilities: sshd with one-time codes, Slurm, rsync, transformers; an unprivileged user."""
+
+import json
+import re
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy
+import pytest
+from safetensors.numpy import load_file
+
+from tests.federation import SITES, Federation
+from tests.testbed import Testbed
+
+TRAIN = "steps = 20\nlr = 0.005\nbatch = 8\nsequence_length = 128\nthreads = 1"
+
+
+@pytest.fixture
+def bed(testbed: Testbed) -> Iterator[Testbed]:
+    testbed.reset()
+    yield testbed
+    testbed.user.end_processes()
+
+
+def reference(federation: Federation, version: int) -> dict[str, numpy.ndarray]:
+    """FedAvg from the fetched contributions, in numpy, as the documentation writes it."""
+    record = json.loads((federation.place / "models" / f"{version:04d}" / "flctl.json").read_text())
+    given = sorted(record["contributions"], key=lambda item: (item["site"], item["number"]))
+    total = sum(item["samples"] for item in given)
+    sums: dict[str, numpy.ndarray] = {}
+    for item in given:
+        share = numpy.float32(numpy.float64(item["samples"]) / numpy.float64(total))
+        folder = federation.place / "runs" / item["site"] / f"{item['number']:04d}" / str(item["attempt"]) / "out"
+        for name, tensor in load_file(folder / "model.safetensors").items():
+            sums[name] = sums.get(name, numpy.float32(0)) + share * tensor
+    return sums
+
+
+def equal_bits(made: dict[str, numpy.ndarray], expected: dict[str, numpy.ndarray]) -> bool:
+    return made.keys() == expected.keys() and all(made[n].tobytes() == expected[n].tobytes() for n in made)
+
+
+def test_two_rounds_across_two_facilities(bed: Testbed) -> None:
+    """Real training on real text: both jobs ran, the model is numpy's bit for bit, perplexity fell on both languages,
+    only weights and records came back, one login with a code served everything."""
+    federation = Federation(bed, "two-rounds", real=True)
+    federation.set("steps = 4\nlr = 5e-05\nbatch = 8\nsequence_length = 1024", TRAIN)
+    leonardo = bed.facilities["leonardo"]
+    mark = leonardo.sshd.mark()
+    before = {site: set(bed.facilities[site].slurm.jobs()) for site in SITES}
+    answer = federation.json("round", "--sites", "leonardo", "karolina", "--rounds", "2")
+    assert (answer["status"], answer["data"]["model"]["version"], answer["data"]["done"]) == ("ok", 2, True)
+    for site in SITES:
+        jobs = {run["job_id"] for run in answer["data"]["runs"] if run["site"] == site}
+        slurm = bed.facilities[site].slurm.jobs()
+        assert len(jobs) == 2
+        assert jobs == set(slurm) - before[site]
+        assert {slurm[job] for job in jobs} <= {"COMPLETED", "COMPLETING"}
+    for version in (1, 2):
+        made = load_file(federation.place / "models" / f"{version:04d}" / "model.safetensors")
+        assert equal_bits(made, reference(federation, version))
+    for site in SITES:
+        first, second = (federation.run(site, n)["contribution"]["metrics"]["evaluation"]["base"] for n in (1, 2))
+        assert second["perplexity"] < 0.7 * first["perplexity"], site
+    attempts = leonardo.sshd.attempts(mark)
+    assert (attempts.logins, attempts.failed_codes, attempts.failed_keys) == (1, 0, 0)
+    check_border(federation)
+
+
+def check_border(federation: Federation) -> None:
+    """The journal names every file that crossed; nothing of the corpora is anywhere in the orchestrator's home."""
+    crossed = [entry for entry in federation.journal() if entry["event"] == "file"]
+    inbound = {entry["path"].rsplit("/", 1)[-1] for entry in crossed if entry["direction"] == "in"}
+    assert inbound == {"model.safetensors", "done.json"}
+    assert all(entry["size"] > 0 and re.fullmatch("[0-9a-f]{64}", entry["sha256"]) for entry in crossed)
+    for site in SITES:
+        texts = sorted(federation.bed.facilities[site].data.rglob("*"))
+        phrases = [
+            line.encode()
+            for path in texts
+            if path.is_file()
+            for line in path.read_text().splitlines()
+            if len(line) > 60
+        ]
+        assert len(phrases) > 100
+        for path in federation.place.rglob("*"):
+            if path.is_file():
+                content = path.read_bytes()
+                assert not any(phrase in content for phrase in phrases[:: len(phrases) // 50]), path
+
+
+def test_ticks_alone_from_a_bare_environment(bed: Testbed) -> None:
+    """No terminal, no environment, no agent: only `campaign tick`, as cron would call it."""
+    bed.reset_codes(period=10)
+    federation = Federation(bed, "ticks")
+    federation.bare("status")
+    assert federation.flctl("campaign", "start", "--rounds", "2", "--sites", "leonardo,karolina").returncode == 0
+    federation.wait(lambda: federation.bare("campaign", "tick")["data"]["done"] or time.sleep(1), limit=240)
+    assert federation.bare("status")["data"]["model"]["version"] == 2
+    for version in (1, 2):
+        made = load_file(federation.place / "models" / f"{version:04d}" / "model.safetensors")
+        assert equal_bits(made, reference(federation, version))
+    assert [federation.jobs_started(site) for site in SITES] == [2, 2]
+
+
+Ending = Callable[[Federation, str], None]
+
+
+def out_of_time(federation: Federation, job: str) -> None:
+    federation.bed.facilities["karolina"].slurm.cut_short(job)
+
+
+def cancelled(federation: Federation, job: str) -> None:
+    federation.bed.facilities["karolina"].slurm.command("scancel", job)
+
+
+def killed(federation: Federation, job: str) -> None:
+    federation.bed.facilities["karolina"].slurm.command("scancel", "--signal=KILL", "--full", job)
+
+
+@pytest.mark.parametrize(
+    ("ending", "words"),
+    [(out_of_time, "SIGTERM"), (cancelled, "SIGTERM"), (killed, "ended without a record")],
+    ids=["time-limit", "cancelled", "sigkill"],
+)
+@pytest.mark.parametrize("forgotten", [False, True], ids=["remembered", "forgotten"])
+def test_a_job_that_did_not_end_well_is_never_averaged(
+    bed: Testbed, ending: Ending, words: str, forgotten: bool
+) -> None:
+    """Also when Slurm has forgotten the job before anybody looks; a new attempt trains again and the round completes."""
+    federation = Federation(bed, "bad-end", karolina={"train": {"behave": "hang"}})
+    slurm = bed.facilities["karolina"].slurm
+    if forgotten:
+        slurm.remember(2)
+    assert federation.flctl("campaign", "start", "--rounds", "1", "--sites", "karolina").returncode == 0
+    federation.json("campaign", "tick")
+    job = federation.run("karolina")["job"]["id"]
+    slurm.wait_state(job, "RUNNING")
+    federation.wait(lambda: federation.jobs_started("karolina"))
+    ending(federation, job)
+    slurm.wait_state(job, *((None,) if forgotten else ("TIMEOUT", "CANCELLED", "FAILED")), timeout=150)
+    federation.wait(lambda: tick(federation) == "failed")
+    failure = federation.run("karolina")["failure"]
+    assert words in failure["message"]
+    assert not (federation.place / "models" / "0001").exists()
+    federation.lay("karolina", train={"behave": "good"})
+    assert federation.flctl("retry", "karolina").returncode == 0
+    answer = federation.json("round")
+    assert answer["data"]["model"]["version"] == 1
+    assert [(run["attempt"], run["stage"]) for run in answer["data"]["runs"]] == [(2, "fetched")]
+
+
+def tick(federation: Federation) -> str:
+    federation.json("campaign", "tick", code=None)
+    time.sleep(1)
+    return federation.run("karolina")["stage"]
+
+
+def test_a_wrong_secret_costs_exactly_one_attempt(bed: Testbed) -> None:
+    federation = Federation(bed, "wrong-secret")
+    bed.user.file(bed.totp_file, "JBSWY3DPEHPK3PXP\n")
+    sshd = bed.facilities["leonardo"].sshd
+    mark = sshd.mark()
+    for _ in range(2):
+        answer = federation.json("round", "--wait", "60s", code=4)
+        (error,) = [error for error in answer["errors"] if error["site"] == "leonardo"]
+        assert "flctl release leonardo" in error["hint"]
+    ticked = federation.json("campaign", "tick")
+    assert [row["site"] for row in ticked["data"]["waiting"] if row["held"]] == ["leonardo"]
+    attempts = sshd.attempts(mark)
+    assert (attempts.failed_codes, attempts.logins) == (1, 0)
+    assert federation.run("karolina")["stage"] == "fetched", "the other site goes on"
+    assert "HELD" in federation.flctl("status").stdout
+    bed.reset_codes()
+    assert federation.flctl("release", "leonardo").returncode == 0
+    assert federation.json("round")["data"]["model"]["version"] == 1
+
+
+STAGES: dict[str, Callable[[Federation], bool]] = {
+    "ordered": lambda f: f.run("leonardo").get("stage") == "ordered",
+    "delivering": lambda f: any(f.remote("leonardo").glob("models/.*.part")),
+    "delivered": lambda f: f.run("leonardo").get("stage") == "delivered",
+    "claimed": lambda f: any(f.remote("leonardo").glob("runs/*/claim")),
+    "queued": lambda f: f.run("leonardo").get("stage") in ("claimed", "queued"),
+    "running": lambda f: f.run("leonardo").get("stage") == "running",
+    "ended": lambda f: f.run("leonardo").get("stage") == "ended",
+    "fetching": lambda f: (f.place / "runs/leonardo/0001/1/.out.part").exists(),
+    "fetched": lambda f: f.run("leonardo").get("stage") == "fetched",
+    "merging": lambda f: (f.place / "models/.0001.draft").exists(),
+}
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_killed_in_any_stage_the_round_completes_and_each_job_was_submitted_once(bed: Testbed, stage: str) -> None:
+    federation = Federation(bed, "killed")
+    before = {site: set(bed.facilities[site].slurm.jobs()) for site in SITES}
+    process = federation.popen("round", "--sites", "leonardo", "karolina")
+    federation.wait(lambda: STAGES[stage](federation) or process.poll() is not None, what=stage)
+    if process.poll() is None:
+        federation.kill(process)
+    bed.reset_codes()
+    if federation.json("status")["data"]["model"]["version"] == 0:
+        assert federation.json("round", "--sites", "leonardo", "karolina")["data"]["model"]["version"] == 1
+    for site in SITES:
+        assert len(set(bed.facilities[site].slurm.jobs()) - before[site]) == 1
+        assert federation.jobs_started(site) == 1
+    made = load_file(federation.place / "models" / "0001" / "model.safetensors")
+    assert equal_bits(made, reference(federation, 1))
+
+
+def test_an_unknown_host_is_refused_until_a_person_trusts_its_key(bed: Testbed) -> None:
+    federation = Federation(bed, "host-key", karolina={"login": {"host_keys": []}})
+    sshd = bed.facilities["karolina"].sshd
+    mark = sshd.mark()
+    answer = federation.json("round", "--sites", "karolina", code=12)
+    (error,) = answer["errors"]
+    assert sshd.host_key_fingerprint in error["message"]
+    assert f"flctl site trust karolina {sshd.host_key_fingerprint}" in error["hint"]
+    assert sshd.attempts(mark).keys == 0, "no key is offered to a stranger"
+    wrong = federation.flctl("site", "trust", "karolina", "SHA256:" + "A" * 43)
+    assert wrong.returncode == 12
+    assert federation.flctl("site", "trust", "karolina", sshd.host_key_fingerprint).returncode == 0
+    assert federation.json("round", "--sites", "karolina")["data"]["done"]
+
+
+def test_one_unreachable_site_does_not_stop_the_other(bed: Testbed) -> None:
+    federation = Federation(bed, "unreachable", karolina={"login": {"port": 2299}})
+    answer = federation.json("round", code=5)
+    assert [error["site"] for error in answer["errors"] if error["code"] == "site_unreachable"] == ["karolina"]
+    assert federation.run("leonardo")["stage"] == "fetched"
+    assert federation.flctl("skip", "karolina").returncode == 0
+    assert federation.json("round")["data"]["model"]["version"] == 1
+
+
+def test_a_refused_job_fails_with_slurms_words(bed: Testbed) -> None:
+    federation = Federation(bed, "refused", karolina={"scheduler": {"partition": "nosuch"}})
+    answer = federation.json("round", "--sites", "karolina", code=6)
+    assert "invalid partition" in answer["errors"][0]["message"].lower()
+    assert "sites/karolina.toml" in answer["errors"][0]["hint"]
+    federation.lay("karolina", scheduler={"partition": "qgpu"})
+    federation.flctl("retry")
+    assert federation.json("round")["data"]["done"]
+
+
+def test_site_test_tells_that_a_site_is_ready_and_what_is_not(bed: Testbed) -> None:
+    federation = Federation(bed, "site-test")
+    answer = federation.json("site", "test", "karolina")
+    (site,) = answer["data"]["sites"]
+    assert {check["name"]: check["result"] for check in site["checks"] if check["result"] != "ok"} == {}
+    assert len(site["checks"]) >= 9
+    assert site["logins"] >= 1
+    federation.lay("karolina", storage={"data": "/nonexistent/data"})
+    shutil.rmtree(federation.place / "runs" / "karolina")
+    failed = federation.json("site", "test", "karolina", code=3)
+    assert "data" in failed["errors"][0]["message"]
+
+
+def test_a_machine_without_a_batch_system_is_a_site_too(bed: Testbed) -> None:
+    """connection = "ssh" with scheduler = "local": a plain machine or a cloud VM."""
+    federation = Federation(bed, "plain", karolina={"scheduler": {"kind": "local"}})
+    assert federation.json("round", "--sites", "karolina", "--rounds", "2")["data"]["model"]["version"] == 2
+
+
+def test_sigterm_leaves_with_130_and_says_what_still_runs(bed: Testbed) -> None:
+    federation = Federation(bed, "live", karolina={"train": {"seconds": 60}})
+    process = federation.popen("round", "--sites", "karolina")
+    federation.wait(lambda: federation.run("karolina").get("stage") == "running")
+    process.terminate()
+    text, _ = process.communicate(timeout=20)
+    assert process.returncode == 130
+    assert "karolina: run 0001 is running" in text
+    assert federation.flctl("cancel").returncode == 0
+
+
+def test_the_log_of_a_job_can_be_read(bed: Testbed) -> None:
+    federation = Federation(bed, "log")
+    federation.json("round", "--sites", "karolina")
+    assert "trainer: begins" in federation.flctl("log", "karolina").stdout
+
+
+def test_nothing_at_a_site_is_readable_by_others(bed: Testbed) -> None:
+    federation = Federation(bed, "umask")
+    federation.json("round", "--sites", "karolina")
+    for path in [federation.remote("karolina"), *federation.remote("karolina").rglob("*")]:
+        assert path.stat().st_mode & 0o077 == 0, path
+    for path in [federation.place, *federation.place.rglob("*")]:
+        assert path.stat().st_mode & 0o077 == 0, path
+
+
+def test_the_secret_and_the_codes_are_in_no_file_of_a_campaign(bed: Testbed) -> None:
+    federation = Federation(bed, "canary")
+    secret = bed.totp_file.read_text().strip()
+    federation.json("round")
+    for root in (federation.place, federation.remote("leonardo"), Path(bed.user.home) / ".local"):
+        for path in root.rglob("*"):
+            assert not path.is_file() or secret.encode() not in path.read_bytes(), path
