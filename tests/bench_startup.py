@@ -35,9 +35,8 @@ def main() -> None:
         for name, words in (("--help", ["--help"]), ("status", ["-C", str(workspace.root), "status"])):
             ours, theirs = pairs(flctl + words, typer)
             worst = max(worst, ours / theirs)
-            print(
-                f"flctl {name:8} {ours * 1000:6.0f} ms   import typer {theirs * 1000:6.0f} ms   ratio {ours / theirs:.2f}"
-            )
+            figures = f"{ours * 1000:6.0f} ms   import typer {theirs * 1000:6.0f} ms   ratio {ours / theirs:.2f}"
+            print(f"flctl {name:8} {figures}")
     print(f"limit {LIMIT}: {'kept' if worst <= LIMIT else 'BROKEN'}")
     sys.exit(worst > LIMIT)
 

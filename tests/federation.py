@@ -18,7 +18,7 @@ SITES = ("karolina", "leonardo")
 
 
 class Federation:
-    """The campaign and the commands on it. `profiles` are laid over the testbed's own, by site. Unless `real`, the sites
+    """The campaign and the commands on it. `profiles` are laid over the testbed's own. Unless `real`, the sites
     run the small trainer of tests/data instead of train.py."""
 
     def __init__(self, bed: Testbed, name: str, *, real: bool = False, **profiles: Mapping[str, Any]) -> None:

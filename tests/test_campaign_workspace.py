@@ -1,4 +1,4 @@
-"""The campaign folder: found as documented, records whole or absent, locks that end with their holder, a chained journal."""
+"""The campaign folder: found as documented, records whole or absent, locks that end with their holder, the journal."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""The program as typed: arguments, one clear error with its exit code, one JSON object, nothing heavy loaded for nothing."""
+"""The program as typed: arguments, one clear error and its exit code, one JSON object, nothing heavy for nothing."""
 
 import json
 import subprocess

@@ -1,4 +1,4 @@
-"""seal.py: one start per attempt, whoever races; success only where the record says so; a revoked attempt never starts."""
+"""seal.py: one start per attempt, whoever races; success only where the record says so; revoked means never started."""
 
 import json
 import os

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from flctl.facility.transfer import Carrier
 
 OUTPUT_MOST = 8 << 20
-"""Bytes of each output stream that are kept of a command; what comes after is read and dropped."""
+"""Bytes of output that are kept of a command; what comes after is read and dropped."""
 
 Progress = Callable[[int], None]
 """Hears the bytes moved so far in this call."""
@@ -139,12 +139,13 @@ class SshConnection:
     @contextlib.contextmanager
     def _lost(self) -> Iterator[None]:
         """paramiko's and the network's exceptions as ours."""
+        import invoke
         import paramiko
 
         try:
             yield
-        except (paramiko.SSHException, EOFError, OSError) as error:
-            raise unreachable(self.site, login_place(self.site), error) from error
+        except (paramiko.SSHException, invoke.exceptions.ThreadException, EOFError, OSError) as error:
+            raise unreachable(self.site, login_place(self.site), error, "does not answer any more") from error
 
 
 def host_key(site: Site, known_hosts: Path) -> HostKey:
@@ -185,10 +186,16 @@ def _fabric_over(wire: "paramiko.Transport", site: Site) -> Any:
     import fabric
     import paramiko
 
+    from flctl.facility.login import open_session
+
     class Authenticated(fabric.Connection):  # type: ignore[misc]
         def open(self) -> None:
             if not self.is_connected:
                 raise EOFError("the connection is lost")
+
+        def create_session(self) -> Any:
+            self.open()
+            return open_session(wire)
 
     config = fabric.Config(lazy=True, ssh_config=paramiko.SSHConfig())
     connection = Authenticated(site.login.host, user=site.login.user, port=site.login.port, config=config)
@@ -215,10 +222,15 @@ def _run(connection: Any, script: str, timeout: float) -> Output:
         kept = 0
 
         def send_start_message(self, command: str) -> None:
-            self.channel.settimeout(max(0.1, deadline - time.monotonic()))
-            self.channel.exec_command(command)
-            self.channel.sendall(program_of(script))
-            self.channel.shutdown_write()
+            # paramiko waits for the server's consent without an end.
+            alarm = threading.Timer(deadline - time.monotonic(), self.channel.close)
+            alarm.start()
+            try:
+                self.channel.exec_command(command)
+                self.channel.sendall(program_of(script))
+                self.channel.shutdown_write()
+            finally:
+                alarm.cancel()
             self.channel.settimeout(0.25)
 
         def read_proc_stdout(self, num_bytes: int) -> bytes:
@@ -253,7 +265,5 @@ def _run(connection: Any, script: str, timeout: float) -> Output:
     result = Bounded(context=connection).run("/bin/sh", hide=True, warn=True, in_stream=False, encoding="utf-8")
     if result.exited < 0:
         late = time.monotonic() >= deadline
-        raise EOFError(
-            f"no answer within {timeout:.0f} s" if late else "the connection ended before the answer was whole"
-        )
+        raise EOFError(f"no answer within {timeout:.0f} s" if late else "the connection ended in the middle of an answer")
     return Output(status=result.exited, stdout=result.stdout, stderr=result.stderr)

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import paramiko
 
@@ -45,6 +46,7 @@ REKEY_BYTES, REKEY_PACKETS = 1 << 36, 1 << 31
 wrap, have 32 bits."""
 
 WINDOW = 16 << 20
+SESSION_PATIENCE = 5.0
 
 # What paramiko thinks worth telling reaches the user as one of our errors.
 logging.getLogger("paramiko").addHandler(logging.NullHandler())
@@ -322,6 +324,18 @@ def _code_refused(site: Site, answers: Answers, farewell: str) -> LoginNeeded:
         f"{site.login.user}? Log in by hand once; then flctl release {site.name}",
         site=site.name,
     )
+
+
+def open_session(wire: paramiko.Transport) -> Any:
+    """A channel for one command. A server that allows one at a time needs a moment to see that the last one ended."""
+    deadline = time.monotonic() + SESSION_PATIENCE
+    while True:
+        try:
+            return wire.open_session(timeout=CONNECT_TIMEOUT)
+        except paramiko.ChannelException:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(0.05)
 
 
 def _pulse(wire: paramiko.Transport) -> None:

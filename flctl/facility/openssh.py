@@ -124,11 +124,12 @@ def printable(text: str, limit: int = 300) -> str:
     return text if len(text) <= limit else text[:limit] + "..."
 
 
-def unreachable(site: Site, place: Place, error: BaseException) -> SiteUnreachable:
+def unreachable(site: Site, place: Place, error: BaseException, what: str = "cannot be reached") -> SiteUnreachable:
+    """A failed or lost connection as our error, with the words of the library that noticed it."""
     words = printable(str(error)) or type(error).__name__
     return SiteUnreachable(
-        f"{place} cannot be reached: {words}",
-        hint=f"is the name right (sites/{site.name}.toml), is the network up? Otherwise it is tried again later",
+        f"{place} {what}: {words}",
+        hint=f"is the network up, are host and port in sites/{site.name}.toml right? It is tried again later",
         site=site.name,
     )
 

@@ -55,6 +55,8 @@ class OverConnection:
 
     def _carry(self, link: socket.socket) -> None:
         """One rsync: its streams and its command come over the link, its exit status goes back."""
+        from flctl.facility.login import open_session
+
         streams = [io.FileIO(number, "r+") for number in socket.recv_fds(link, 1, 3)[1]]
         for stream in streams:
             # rsync leaves some of them non-blocking for the ssh that it expects.
@@ -63,7 +65,7 @@ class OverConnection:
         status = 255
         try:
             command = b"".join(iter(lambda: link.recv(65536), b""))
-            channel = self._wire.open_session(timeout=30)
+            channel = open_session(self._wire)
             try:
                 channel.exec_command(command)
                 reader = threading.Thread(target=_up, args=(streams[0], channel), daemon=True)

@@ -37,7 +37,7 @@ def questions(site: Site, scheduler: Scheduler, work: str, data: str) -> dict[st
         "work": f"mkdir -p {quote(work)} && cd {quote(work)} && : >.flctl-test && rm .flctl-test "
         "&& df -Pk . | tail -n 1",
         "data": f"test -r {quote(data)} && {{ test ! -d {quote(data)} || test -x {quote(data)}; }} && echo there",
-        "python": f'{environment}\n"{site.environment.python}" -c {quote(versions)}',
+        "python": f"bash -c {quote(program)}",
     }
 
 
