@@ -185,11 +185,12 @@ class Merge:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Contact:
-    """What is remembered of a site between contacts. `due`: Unix seconds of the next one; `failures`: tries in a row
-    that did not reach it; `logins`: authentications ever made for this campaign;
-    `payload`: the sha256 of the payload that was put there last."""
+    """What is remembered of a site between contacts; written only under the site's lock. `due`: Unix seconds of the
+    next one, as of `known_at` (a run ordered after that is due at once); `failures`: tries in a row that did not reach
+    it; `logins`: authentications ever made for this campaign; `payload`: sha256 of the payload put there last."""
 
     due: float = 0.0
+    known_at: float = 0.0
     reached_at: float | None = None
     failures: int = 0
     unreachable_since: float | None = None

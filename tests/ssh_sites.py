@@ -21,8 +21,9 @@ from flctl.facility.profile import Environment, Login, Poll, Scheduler, Shape, S
 from tests.testbed.sshd import Sshd
 
 
-
-def site_of(server: Sshd, *, secret: str = "", transfer: Transfer | None = None, totp: Any = None, **login: Any) -> Site:
+def site_of(
+    server: Sshd, *, secret: str = "", transfer: Transfer | None = None, totp: Any = None, **login: Any
+) -> Site:
     """A profile for the server; `totp` and further arguments replace fields of [login.totp] and [login]."""
     permitted = Totp(automation="permitted", permission="by the test", secret=secret, period=server.period)
     default = permitted if server.kind == "key+totp" else Totp()
@@ -128,6 +129,36 @@ def agent(*keys: Path, passphrase: str = "", certificates: bool = False) -> Iter
 def keygen(path: Path, *, passphrase: str = "", kind: str = "ed25519") -> Path:
     subprocess.run(["ssh-keygen", "-q", "-t", kind, "-N", passphrase, "-C", "a test", "-f", str(path)], check=True)
     return path
+
+
+class Watch:
+    """Looks at the command line and the environment of every process, over and over."""
+
+    def __init__(self, *words: str) -> None:
+        self.words = [word.encode() for word in words]
+        self.found: list[str] = []
+        self.looks = 0
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._look)
+
+    def __enter__(self) -> "Watch":
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._over.set()
+        self._thread.join()
+
+    def _look(self) -> None:
+        while not self._over.wait(0.01):
+            self.looks += 1
+            for pid in filter(str.isdigit, os.listdir("/proc")):
+                for name in ("cmdline", "environ"):
+                    try:
+                        content = Path(f"/proc/{pid}/{name}").read_bytes()
+                    except OSError:
+                        continue
+                    self.found += [f"{pid}/{name}" for word in self.words if word in content]
 
 
 class Network:

@@ -306,3 +306,15 @@ def test_cross_evaluation_sends_models_not_text(campaign: Campaign) -> None:
     assert looked["order"]["work"] == "evaluate"
     assert set(looked["contribution"]["metrics"]["evaluation"]) == {"0001", "brno-0001-1"}
     assert (campaign.remote("pisa") / "models" / "brno-0001-1" / "config.json").exists()
+
+
+def test_what_an_interrupted_push_left_behind_is_not_taken_for_part_of_the_model(campaign: Campaign) -> None:
+    """A draft beside the files would change the folder's hash, and no job would train on it."""
+    campaign.flctl("campaign", "start", "--rounds", "1")
+    label = json.loads((campaign.place / "journal.jsonl").read_text().splitlines()[0])
+    part = campaign.root / "pisa" / "work" / f"{label['name']}-{label['id']}" / "models" / ".0000.part"
+    (part / ".partial").mkdir(parents=True)
+    for name in (".flctl-x1y2", ".partial/model.safetensors", "it's a $name"):
+        (part / name).write_bytes(b"left behind")
+    assert campaign.json("round")["data"]["done"]
+    assert not list(campaign.remote("pisa").glob("models/0000/.*"))

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from flctl.errors import FlctlError, LoginNeeded, SiteUnreachable
 from flctl.facility.profile import Site
-from flctl.records import Contact, Failure, Held, Run
+from flctl.records import Contact, Failure, Held, Run, Stage
 
 BACKOFF_FIRST, BACKOFF_MOST = 10.0, 900.0
 """Seconds before the second try of a site in trouble, and the most between two tries."""
@@ -18,6 +18,8 @@ SETTLING = 5.0
 def next_due(site: Site, runs: Sequence[Run], now: float, *, stays: bool) -> float:
     """When to look at a site again that was just reached. Where each login costs a one-time code and this process does
     not stay, that is at expected starts and ends of jobs and otherwise at the long interval."""
+    if any(run.stage == Stage.ORDERED and not is_held(run.held) for run in runs):
+        return now
     costly = site.connection == "ssh" and site.login.kind == "key+totp"
     interval = site.poll.login_every if costly and not stays else site.poll.every
     moments = [now + interval]
@@ -29,8 +31,22 @@ def next_due(site: Site, runs: Sequence[Run], now: float, *, stays: bool) -> flo
     return max(now + min(1.0, interval), min(moments))
 
 
+def is_due(contact: Contact, runs: Sequence[Run], now: float) -> bool:
+    """Whether the site of these open runs is to be contacted: its time has come, or it was given a new order since that
+    time was set."""
+    waiting = [run for run in runs if not is_held(run.held)]
+    if is_held(contact.held) or not waiting:
+        return False
+    ordered = any(run.stage == Stage.ORDERED and run.changed_at > contact.known_at for run in waiting)
+    return contact.due <= now or ordered
+
+
 def reached(contact: Contact, now: float, due: float) -> Contact:
-    return replace(contact, due=due, reached_at=now, failures=0, unreachable_since=None, trouble=None)
+    return replace(contact, due=due, known_at=now, reached_at=now, failures=0, unreachable_since=None, trouble=None)
+
+
+def postponed(contact: Contact, until: float, now: float) -> Contact:
+    return replace(contact, due=until, known_at=now)
 
 
 def failed(contact: Contact, error: FlctlError, now: float) -> Contact:
@@ -43,7 +59,13 @@ def failed(contact: Contact, error: FlctlError, now: float) -> Contact:
     if isinstance(error, SiteUnreachable):
         lost = lost or now
     return replace(
-        contact, due=now + pause, failures=failures, unreachable_since=lost, held=held, trouble=failure_of(error)
+        contact,
+        due=now + pause,
+        known_at=now,
+        failures=failures,
+        unreachable_since=lost,
+        held=held,
+        trouble=failure_of(error),
     )
 
 

@@ -155,7 +155,9 @@ class Engine:
         """Write a run's new record, and the change of its stage into the journal."""
         if after == before:
             return
-        self.workspace.save_run(replace(after, changed_at=time.time()))
+        if (after.stage, after.attempt) != (before.stage, before.attempt):
+            after = replace(after, changed_at=time.time())
+        self.workspace.save_run(after)
         if after.failure is not None and after.failure != before.failure:
             self.errors.append((after.site, after.failure))
         if after.stage != before.stage or after.attempt != before.attempt:
@@ -174,18 +176,16 @@ class Engine:
     # Contact with a site
 
     def _is_due(self, site: str) -> bool:
-        contact = self.workspace.contact(site)
-        return not contacts.is_held(contact.held) and contact.due <= time.time() and bool(self.open_runs(site))
+        return contacts.is_due(self.workspace.contact(site), self.open_runs(site), time.time())
 
     def open_runs(self, site: str) -> list[Run]:
         return [run for run in self.workspace.runs(site) if run.open]
 
     def _note_contact(self, profile: Site) -> None:
         """The site was reached: when it is next looked at depends on its jobs and on what a login costs."""
-        due = contacts.next_due(profile, self.open_runs(profile.name), time.time(), stays=self.stays)
-        self.workspace.save_contact(
-            profile.name, contacts.reached(self.workspace.contact(profile.name), time.time(), due)
-        )
+        now = time.time()
+        due = contacts.next_due(profile, self.open_runs(profile.name), now, stays=self.stays)
+        self.workspace.save_contact(profile.name, contacts.reached(self.workspace.contact(profile.name), now, due))
 
     def _note_trouble(self, site: str, error: FlctlError) -> None:
         """The contact failed: say why, and come back later, or wait for a person."""
@@ -196,7 +196,7 @@ class Engine:
         self.workspace.journal.append("trouble", site=site, code=error.code, message=error.message)
 
     def _postpone(self, site: str, until: float) -> None:
-        self.workspace.save_contact(site, replace(self.workspace.contact(site), due=until))
+        self.workspace.save_contact(site, contacts.postponed(self.workspace.contact(site), until, time.time()))
 
     def drop(self, site: str) -> None:
         """Close this process's connection to a site, if there is one."""
@@ -250,9 +250,6 @@ class Engine:
         self.workspace.journal.append(
             "order", site=order.site, number=number, work=order.work, base=order.base, round=order.round
         )
-        contact = self.workspace.contact(order.site)
-        if contact.trouble is None:
-            self.workspace.save_contact(order.site, replace(contact, due=0.0))
         return run
 
     def tick(self, *, stays: bool = False) -> Decision | None:

@@ -129,8 +129,6 @@ def retry(engine: Engine, site: str | None) -> list[Run]:
                 run, stage=Stage.ORDERED, attempt=attempt, job=job, failure=None, contribution=None, skipped=False
             )
             engine.record(run, fresh)
-            contact = workspace.contact(run.site)
-            workspace.save_contact(run.site, replace(contact, due=0.0))
         with workspace.lock_campaign():
             _unskip(workspace, run)
         opened.append(fresh)

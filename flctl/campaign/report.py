@@ -7,8 +7,8 @@ from flctl.campaign.workspace import Workspace
 from flctl.records import Contact, Run, to_data
 
 
-def run_row(run: Run) -> dict[str, Any]:
-    """One run as `status --json` gives it."""
+def run_row(run: Run, contact: Contact) -> dict[str, Any]:
+    """One run as `status --json` gives it; an open run of a held site is held."""
     job, given = run.job, run.contribution
     return {
         "site": run.site,
@@ -18,7 +18,7 @@ def run_row(run: Run) -> dict[str, Any]:
         "base": run.order.base,
         "round": run.order.round,
         "stage": run.stage,
-        "held": to_data(run.held),
+        "held": to_data(run.held or (contact.held if run.open else None)),
         "job_id": job.id,
         "steps": given.steps if given else None,
         "samples": given.samples if given else None,
@@ -43,6 +43,7 @@ def _note(run: Run) -> str:
 def summary(workspace: Workspace, runs: tuple[Run, ...]) -> dict[str, Any]:
     """The campaign, its newest model, its runs."""
     model = workspace.newest_model()
+    contacts = {site: workspace.contact(site) for site in {run.site for run in runs}}
     ordered = sorted(runs, key=lambda run: (run.order.round, run.site, run.number))
     return {
         "campaign": {"name": workspace.name, "id": workspace.id, "path": str(workspace.root)},
@@ -51,7 +52,7 @@ def summary(workspace: Workspace, runs: tuple[Run, ...]) -> dict[str, Any]:
             "path": str(workspace.model_folder(model.version)),
             "sha256": model.sha256,
         },
-        "runs": [run_row(run) for run in ordered],
+        "runs": [run_row(run, contacts[run.site]) for run in ordered],
     }
 
 

@@ -2,13 +2,14 @@
 
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, replace
 
 from flctl.campaign.contacts import failure_of
 from flctl.campaign.engine import Engine
 from flctl.campaign.planning import is_open
 from flctl.campaign.workspace import Workspace
-from flctl.errors import AggregationRefused, LoginNeeded, WaitElapsed, exit_code_of
+from flctl.errors import AggregationRefused, Locked, LoginNeeded, WaitElapsed, exit_code_of
 from flctl.policy import Decision
 from flctl.records import Contact, Failure, Run
 
@@ -16,7 +17,8 @@ UNREACHABLE_PATIENCE = 900.0
 """Seconds for which `round` goes on trying a site that it had reached before; ticks never give up."""
 TRANSFER_TRIES = 3
 FATAL = {"configuration", "host_key", "login_needed", "budget_refused", "internal"}
-LONGEST_PAUSE = 5.0
+LONGEST_PAUSE, WHILE_OTHERS_DECIDE = 5.0, 0.5
+"""Seconds between two ticks at most; and while another flctl holds the campaign's lock."""
 
 Errors = list[tuple[str, Failure]]
 
@@ -57,15 +59,16 @@ def drive(engine: Engine, *, wait: float | None, pause: Callable[[float], object
                 f"--wait of {wait:g} s is over", hint="flctl round goes on; jobs at the sites still run"
             )
             return Outcome(done=False, errors=[*_explain(engine, decision), ("", failure_of(elapsed))])
-        pause(_until_due(workspace, waiting, deadline))
+        pause(_until_due(workspace, waiting, deadline) if waiting else WHILE_OTHERS_DECIDE)
 
 
 def _try_again(workspace: Workspace) -> None:
     """A person asked: sites in trouble are tried at once, whatever pause they had earned. Held ones stay held."""
     for site in {run.site for run in workspace.runs() if run.open}:
-        contact = workspace.contact(site)
-        if contact.trouble is not None:
-            workspace.save_contact(site, replace(contact, due=0.0, failures=0, unreachable_since=None))
+        with suppress(Locked), workspace.lock_site(site, patience=0.0):
+            contact = workspace.contact(site)
+            if contact.trouble is not None:
+                workspace.save_contact(site, replace(contact, due=0.0, failures=0, unreachable_since=None))
 
 
 def _stuck(run: Run, contact: Contact) -> bool:

@@ -68,10 +68,17 @@ class Session:
             progress=lambda done: self.report(f"pushing {target.name}", done, total),
         )
         manifest = "".join(f"{entry.sha256}  {entry.path}\n" for entry in files)
+        names = "".join(f"{entry.path}\n" for entry in files)
+        # An interrupted push may have left temporary files behind: what the manifest does not name goes away.
         command = (
             f"cd {quote(part)} || exit 1\n"
             "sha256sum -c --quiet - >/dev/null <<'MANIFEST' || "
             f"{{ rm -rf {quote(part)}; exit 46; }}\n{manifest}MANIFEST\n"
+            f"names=$(cat <<'NAMES'\n{names}NAMES\n)\n"
+            "find . ! -type d | while IFS= read -r path; do\n"
+            '  printf \'%s\\n\' "$names" | grep -qxF -e "${path#./}" || rm -f "$path"\n'
+            "done\n"
+            "find . -mindepth 1 -type d -empty -delete\n"
             f"test -e {quote(target)} || mv {quote(part)} {quote(target)}"
         )
         answer = self.ask({"place": command}, timeout=60 + total / HASHING_RATE)["place"]

@@ -1,5 +1,6 @@
 """Owns fetching: what the record names, of the kinds and within the size allowed, verified, and through the gates."""
 
+import re
 import shutil
 from dataclasses import replace
 from fnmatch import fnmatch
@@ -12,6 +13,8 @@ from flctl.campaign.steps.attempt import attempt_name, remote_folder
 from flctl.campaign.workspace import fsync_folder
 from flctl.errors import AggregationRefused, BudgetRefused, JobFailed
 from flctl.records import FileEntry, Run, Stage, Work, folder_sha256, to_data
+
+PLAIN_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,200}")
 
 
 def fetch(session: Session, run: Run, configuration: Configuration) -> Run:
@@ -50,7 +53,7 @@ def _allowed(
     """The files that may come back. Names that are no plain names, and more bytes than allowed, are refused."""
     chosen = tuple(entry for entry in files if any(fnmatch(entry.path, kind) for kind in configuration.fetch.kinds))
     for entry in chosen:
-        if not entry.path.replace(".", "").replace("-", "").replace("_", "").isalnum() or entry.path.startswith("."):
+        if not PLAIN_NAME.fullmatch(entry.path) or entry.size < 0:
             raise AggregationRefused(
                 f"the completion record names a file {clean(entry.path)!r}; only plain names are fetched",
                 hint=f"see what the trainer writes to FLCTL_OUT, then flctl retry {run.site}",
