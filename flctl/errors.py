@@ -102,6 +102,18 @@ class Interrupted(FlctlError):
     code = "interrupted"
 
 
+def defect(error: Exception) -> FlctlError:
+    """An exception that is not ours, as the error it is: exit code 1, with the place where it happened."""
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    place = f" ({trace.tb_frame.f_code.co_filename.rsplit('/', 1)[-1]}:{trace.tb_lineno})" if trace else ""
+    return FlctlError(
+        f"internal error: {type(error).__name__}: {error}{place}",
+        hint="this is a defect of flctl; nothing is lost. FLCTL_DEBUG=1 shows more",
+    )
+
+
 PRECEDENCE = (130, 1, 3, 12, 4, 5, 9, 7, 6, 8, 11)
 
 

@@ -187,7 +187,8 @@ class Merge:
 class Contact:
     """What is remembered of a site between contacts; written only under the site's lock. `due`: Unix seconds of the
     next one, as of `known_at` (a run ordered after that is due at once); `failures`: tries in a row that did not reach
-    it; `logins`: authentications ever made for this campaign; `payload`: sha256 of the payload put there last."""
+    it; `logins`: authentications ever made for this campaign; `workdir` and `data`: what
+    `resolved`, the profile's two paths, mean there."""
 
     due: float = 0.0
     known_at: float = 0.0
@@ -199,7 +200,7 @@ class Contact:
     logins: int = 0
     workdir: str | None = None
     data: str | None = None
-    payload: str | None = None
+    resolved: tuple[str, str] | None = None
     schema: int = SCHEMA
 
 

@@ -82,9 +82,12 @@ class Campaign:
     def words(self, *arguments: str) -> list[str]:
         return [sys.executable, "-m", "flctl.cli.main", *arguments]
 
-    def flctl(self, *arguments: str, at: Path | None = None, timeout: float = 120) -> subprocess.CompletedProcess[str]:
+    def flctl(
+        self, *arguments: str, at: Path | None = None, timeout: float = 120, **environment: str
+    ) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
             self.words(*arguments),
+            env={**os.environ, **environment},
             cwd=at or self.place,
             capture_output=True,
             text=True,
@@ -123,6 +126,11 @@ class Campaign:
 
     def journal(self) -> list[dict[str, Any]]:
         return [json.loads(line) for line in (self.place / "journal.jsonl").read_text().splitlines()]
+
+    def journal_numbers(self) -> list[int]:
+        from flctl.campaign.journal import Journal
+
+        return [entry["seq"] for entry in Journal(self.place / "journal.jsonl")]
 
     def remote(self, site: str) -> Path:
         """The campaign's folder at the site."""

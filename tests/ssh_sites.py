@@ -20,6 +20,9 @@ from flctl.facility.connection import Connection, Road, connect
 from flctl.facility.profile import Environment, Login, Poll, Scheduler, Shape, Site, Storage, Totp, Transfer
 from tests.testbed.sshd import Sshd
 
+GONE = r"(Connection (closed|reset)|Disconnected|Received disconnect|ssh_dispatch_run_fatal).*\[preauth\]"
+"""What sshd writes when a client leaves before it is let in."""
+
 
 def site_of(
     server: Sshd, *, secret: str = "", transfer: Transfer | None = None, totp: Any = None, **login: Any
@@ -65,11 +68,10 @@ def local_site() -> Site:
 
 def road_to(folder: Path, *servers: Sshd, **fields: Any) -> Road:
     """A road whose known_hosts holds the servers' keys."""
-    runtime = folder / "run"
-    runtime.mkdir(mode=0o700, exist_ok=True)
+    (folder / "run").mkdir(mode=0o700, exist_ok=True)
     known_hosts = folder / "known_hosts"
     known_hosts.write_text("".join(server.known_hosts_line for server in servers))
-    return Road(known_hosts=known_hosts, runtime=runtime, **fields)
+    return Road(**{"known_hosts": known_hosts, "runtime": folder / "run"} | fields)
 
 
 def secret_file(folder: Path, secret: str) -> str:
@@ -83,6 +85,13 @@ def secret_file(folder: Path, secret: str) -> str:
 
 def another_secret() -> str:
     return base64.b32encode(os.urandom(20)).decode()
+
+
+def early_in_a_step(period: int = 30, room: float = 8.0) -> None:
+    """Wait for the next time step unless there is room for some logins in this one."""
+    left = period - time.time() % period
+    if left < room:
+        time.sleep(left + 0.01)
 
 
 @contextlib.contextmanager

@@ -60,10 +60,10 @@ def test_two_rounds_make_the_models_that_numpy_makes(campaign: Campaign) -> None
 def test_only_named_files_come_back_and_the_journal_lists_each(campaign: Campaign) -> None:
     campaign.json("round")
     crossed = [entry for entry in campaign.journal() if entry["event"] == "file"]
-    assert {entry["path"].rsplit("/", 1)[-1] for entry in crossed if entry["direction"] == "in"} == {
-        "model.safetensors",
-        "done.json",
-    }
+    names = {way: {e["path"].rsplit("/", 1)[-1] for e in crossed if e["direction"] == way} for way in ("in", "out")}
+    assert names["in"] <= {"model.safetensors", "done.json", "job.id", "owner"}
+    assert names["in"] >= {"model.safetensors", "done.json", "job.id"}
+    assert names["out"] >= {"model.safetensors", "config.json", "seal.py", "train.py", "job.sh", "order.json"}
     assert all(entry["size"] > 0 and len(entry["sha256"]) == 64 for entry in crossed)
     for path in campaign.place.rglob("*"):
         if path.is_file():

@@ -31,10 +31,20 @@ def campaign(tmp_path_factory: pytest.TempPathFactory) -> Campaign:
         ("init DIR --sites a b --model M", "init DIR --sites a --sites b --model M"),
         ("status -C DIR", "-C DIR status"),
         ("round --sites a -C DIR --steps 3", "-C DIR round --sites a --steps 3"),
+        ("campaign tick --campaign=DIR", "--campaign=DIR campaign tick"),
     ],
 )
 def test_lists_may_be_written_as_people_write_them(typed: str, meant: str) -> None:
     assert expand(typed.split()) == meant.split()
+
+
+@pytest.mark.parametrize(
+    "typed", ["round --sites", "round --sites=", "round --sites , --json", "init d --sites --model m"]
+)
+def test_a_list_without_a_name_in_it_is_refused(typed: str) -> None:
+    """`--sites $UNSET` must not mean every site."""
+    with pytest.raises(errors.UsageError):
+        expand(typed.split())
 
 
 def all_errors() -> list[type[errors.FlctlError]]:
@@ -160,6 +170,22 @@ def test_init_copies_profiles_and_templates_and_says_what_to_fill_in(campaign: C
     refused = campaign.flctl("round", at=place)
     assert refused.returncode == 3
     assert "login.user" in refused.stderr
+
+
+def test_init_fills_the_empty_folder_one_stands_in(campaign: Campaign) -> None:
+    place = campaign.root / "Můj první"
+    place.mkdir()
+    ran = campaign.flctl("init", ".", "--sites", "leonardo", "--model", str(campaign.root / "start"), at=place)
+    assert ran.returncode == 0, ran.stderr
+    assert campaign.flctl("status", at=place).returncode == 0
+    shown = campaign.flctl("round", "--dry-run", at=place)
+    assert shown.returncode == 3, "user and account are not filled in"
+    path = place / "sites" / "leonardo.toml"
+    path.write_text(path.read_text().replace('user = ""', 'user = "me"').replace('account = ""', 'account = "acc"'))
+    shown = campaign.flctl("round", "--dry-run", at=place)
+    assert shown.returncode == 0, shown.stderr
+    assert "/_WORK_/" in shown.stdout
+    assert not (place / "plan.json").exists()
 
 
 def test_init_never_overwrites(campaign: Campaign) -> None:

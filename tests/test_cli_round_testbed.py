@@ -76,7 +76,7 @@ def check_border(federation: Federation) -> None:
     """The journal names every file that crossed; nothing of the corpora is anywhere in the orchestrator's home."""
     crossed = [entry for entry in federation.journal() if entry["event"] == "file"]
     inbound = {entry["path"].rsplit("/", 1)[-1] for entry in crossed if entry["direction"] == "in"}
-    assert inbound == {"model.safetensors", "done.json"}
+    assert {"model.safetensors", "done.json"} <= inbound <= {"model.safetensors", "done.json", "job.id", "owner"}
     assert all(entry["size"] > 0 and re.fullmatch("[0-9a-f]{64}", entry["sha256"]) for entry in crossed)
     for site in SITES:
         texts = sorted(federation.bed.facilities[site].data.rglob("*"))
@@ -177,6 +177,9 @@ def test_a_wrong_secret_costs_exactly_one_attempt(bed: Testbed) -> None:
         assert "flctl release leonardo" in error["hint"]
     ticked = federation.json("campaign", "tick")
     assert [row["site"] for row in ticked["data"]["waiting"] if row["held"]] == ["leonardo"]
+    assert "HELD" in ticked["errors"][0]["message"]
+    for command in (("site", "test", "leonardo"), ("log", "leonardo")):
+        assert federation.flctl(*command).returncode == 4, "nobody logs in to a held site, whatever is typed"
     attempts = sshd.attempts(mark)
     assert (attempts.failed_codes, attempts.logins) == (1, 0)
     assert federation.run("karolina")["stage"] == "fetched", "the other site goes on"

@@ -1,4 +1,4 @@
-"""Logging in: secrets, codes and their ledger; keys, certificates and agents; host keys. Against a real sshd with PAM."""
+"""Logging in to a real sshd with PAM: secrets, codes and their ledger; keys, certificates, agents; host keys."""
 
 import base64
 import multiprocessing
@@ -20,7 +20,18 @@ from flctl.facility.codes import Secret, parse_secret, read_reference
 from flctl.facility.connection import Road, connect, host_key, trust
 from flctl.facility.openssh import Place
 from flctl.facility.profile import Totp
-from tests.ssh_sites import Watch, agent, another_secret, connected, keygen, road_to, secret_file, site_of
+from tests.ssh_sites import (
+    GONE,
+    Watch,
+    agent,
+    another_secret,
+    connected,
+    early_in_a_step,
+    keygen,
+    road_to,
+    secret_file,
+    site_of,
+)
 from tests.testbed.sshd import Sshd
 
 ADDRESS = "127.0.0.41"
@@ -60,12 +71,6 @@ def secret(coded: Sshd, tmp_path: Path) -> str:
     """The reference to a fresh secret of the server, none of whose codes is used; not at the end of a time step."""
     early_in_a_step()
     return secret_file(tmp_path, coded.reset_codes(period=30))
-
-
-def early_in_a_step(period: int = 30, room: float = 8.0) -> None:
-    left = period - time.time() % period
-    if left < room:
-        time.sleep(left + 0.01)
 
 
 # Codes
@@ -251,6 +256,9 @@ def test_a_code_that_is_about_to_expire_is_not_sent() -> None:
     with pytest.raises(CodeSpent) as caught:
         ledger.spend(b"secret" * 3, 30, now=1017.5)
     assert caught.value.until == 1020.0
+    with pytest.raises(CodeSpent):
+        ledger.check(b"secret" * 3, 30, now=1016.5)
+    ledger.check(b"secret" * 3, 30, now=1014.9)
     assert ledger.spend(b"secret" * 3, 30, now=1016.9) == 33
 
 
@@ -323,7 +331,7 @@ def test_a_refused_key_is_tried_once(keyed: Sshd, tmp_path: Path) -> None:
     with pytest.raises(LoginNeeded, match="refused") as caught:
         connect(site_of(keyed, key=str(keygen(tmp_path / "stranger"))), road_to(tmp_path, keyed))
     assert "flctl release" in caught.value.hint
-    keyed.wait_for(r"(Connection closed|Disconnected) .*\[preauth\]", since=since)
+    keyed.wait_for(GONE, since=since)
     counted = keyed.attempts(since)
     assert (counted.connections, counted.keys, counted.failed_keys) == (1, 0, 1)
 
@@ -440,7 +448,7 @@ def test_an_unknown_host_key_is_refused_before_anything_is_sent(keyed: Sshd, tmp
         connect(site, road)
     assert keyed.host_key_fingerprint in caught.value.message
     assert f"flctl site trust {site.name} {keyed.host_key_fingerprint}" in caught.value.hint
-    keyed.wait_for(r"(Connection closed|Disconnected|Received disconnect) .*\[preauth\]", since=since)
+    keyed.wait_for(GONE, since=since)
     assert credentials_sent(keyed, since) == 0
     assert road.known_hosts.read_text() == ""
 
@@ -494,7 +502,7 @@ def test_a_key_known_to_the_user_is_copied_once_into_the_campaigns_file(keyed: S
             "hashed": hashed(keyed, tmp_path),
             "wildcard": f"[127.0.0.*]:{keyed.port},*.example.org {keyed.host_key_line} a comment\n",
             "without port": f"{keyed.address} {keyed.host_key_line}\n",
-            "among garbage": f"\n# a comment\n@cert-authority *.x ssh-rsa AAAA\ngarbage\n{keyed.known_hosts_line}@x y\n",
+            "among garbage": f"\n# a note\n@cert-authority *.x ssh-rsa AAAA\ngarbage\n{keyed.known_hosts_line}@x y\n",
             "published": "",
         }[how]
     )
@@ -586,7 +594,7 @@ def test_a_wrong_secret_costs_exactly_one_attempt(coded: Sshd, secret: str, tmp_
         and "login.totp.secret" in caught.value.hint
         and "flctl release" in caught.value.hint
     )
-    coded.wait_for(r"(Connection closed|Disconnected|Connection reset) .*\[preauth\]", since=since)
+    coded.wait_for(GONE, since=since)
     counted = coded.attempts(since)
     assert (counted.connections, counted.keys, counted.codes, counted.failed_codes) == (1, 1, 0, 1)
 
@@ -653,10 +661,10 @@ def pam(server: Sshd, line: str) -> None:
 def test_a_question_that_is_not_for_a_code_is_shown_and_not_answered(coded: Sshd, secret: str, tmp_path: Path) -> None:
     pam(coded, "auth required pam_unix.so")
     since = coded.mark()
-    with pytest.raises(LoginNeeded, match="'Password:'.*nothing was answered") as caught:
+    with pytest.raises(LoginNeeded, match=r"'Password:'.*nothing was answered") as caught:
         connect(site_of(coded, secret=secret), road_to(tmp_path, coded))
     assert "login.totp.prompt" in caught.value.hint
-    coded.wait_for(r"(Connection closed|Disconnected|Connection reset) .*\[preauth\]", since=since)
+    coded.wait_for(GONE, since=since)
     assert coded.attempts(since).failed_codes == 0
     assert "authentication failure" not in coded.log_text(since)
     coded.reset_codes()

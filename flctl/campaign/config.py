@@ -2,12 +2,12 @@
 
 import secrets
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from flctl.campaign.workspace import Workspace
 from flctl.errors import ConfigurationError
 from flctl.facility.profile import Site, load_site
-from flctl.facility.table import load_table
+from flctl.facility.table import between, load_table
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -15,7 +15,7 @@ class CampaignTable:
     name: str
     id: str
     seed: int = 0
-    min_sites: int = 0
+    min_sites: Annotated[int, between(0)] = 0
     """Contributions a merge needs; 0: one of every planned site."""
 
 

@@ -55,9 +55,10 @@ def create(
     texts of the site profiles by name. Nothing is ever overwritten; what fails leaves nothing behind."""
     from flctl.model.folder import check_model
 
-    if folder.exists() and any(folder.iterdir()):
+    folder = folder.resolve()
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ConfigurationError(
-            f"{folder} exists and is not empty; flctl init never overwrites", hint="name another folder"
+            f"{folder} exists and is no empty folder; flctl init never overwrites", hint="name another folder"
         )
     check_model(model)
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -67,8 +68,11 @@ def create(
     try:
         _fill(draft, _name_of(folder), profiles, model, seed, {**TRAIN, **(train or {})}, cross)
         if folder.exists():
-            folder.rmdir()
-        draft.rename(folder)
+            for path in draft.iterdir():  # somebody's shell may stand in the folder
+                path.rename(folder / path.name)
+            draft.rmdir()
+        else:
+            draft.rename(folder)
     except BaseException:
         shutil.rmtree(draft, ignore_errors=True)
         raise

@@ -5,6 +5,7 @@ from pathlib import Path
 from flctl.campaign.corpora import write_corpus
 from flctl.campaign.creation import create
 from flctl.campaign.workspace import Workspace
+from flctl.errors import ConfigurationError
 from flctl.policy.sync import contribution_name
 from flctl.policy.view import View
 from flctl.records import Run
@@ -43,6 +44,11 @@ def build(folder: Path, *, python: str, seed: int) -> Workspace:
     from flctl.model.tiny import write_tiny_model
 
     folder = folder.resolve()
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ConfigurationError(
+            f"{folder} exists and is no empty folder",
+            hint=f"name another one; flctl -C {folder}/campaign round goes on with an interrupted demo",
+        )
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     profiles = {}
     for name, language in LANGUAGES.items():

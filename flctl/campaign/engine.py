@@ -19,11 +19,11 @@ from flctl.campaign.contacts import failure_of
 from flctl.campaign.merging import merge_model
 from flctl.campaign.session import Session, open_session
 from flctl.campaign.workspace import Workspace
-from flctl.errors import CodeSpent, FlctlError, Interrupted, Locked
+from flctl.errors import CodeSpent, FlctlError, Interrupted, Locked, LoginNeeded, defect
 from flctl.facility.connection import Connection, Road, connect
 from flctl.facility.profile import Site
 from flctl.policy import POLICIES, Decision, View
-from flctl.records import Failure, Job, Order, Run, Stage, Work, token_of
+from flctl.records import Failure, Job, Merge, Order, Run, Stage, Work, token_of
 
 SUBMITTED = (Stage.CLAIMED, Stage.QUEUED, Stage.RUNNING)
 INTERRUPT_PATIENCE = 10.0
@@ -43,15 +43,18 @@ class Doing:
 class Engine:
     """Moves one campaign in this process. `stop` set: no new step begins, our rsync ends, Interrupted is raised.
     `errors`: what went wrong in this process, by site. `stays`: this process comes back to its connections.
-    `tell` hears each change as a line."""
+    `equipped`: sites whose payload was seen to be whole. `abandoned`: a thread still waits for a site although it was
+    told to stop. `tell` hears each change as a line."""
 
     workspace: Workspace
     runtime: Path
     stop: threading.Event = field(default_factory=threading.Event)
     doing: dict[str, Doing] = field(default_factory=dict)
     connections: dict[str, Connection] = field(default_factory=dict)
+    equipped: set[str] = field(default_factory=set)
     errors: list[tuple[str, Failure]] = field(default_factory=list)
     stays: bool = False
+    abandoned: bool = False
     tell: Callable[[str], None] = lambda line: None
 
     # One site
@@ -71,11 +74,14 @@ class Engine:
     def _advance_locked(self, site: str, lock: int) -> None:
         if not self._is_due(site):
             return
+        began = time.time()
         try:
             profile = load_profile(self.workspace, site)
             configuration = load_configuration(self.workspace)
             session = self.session(profile, lock)
-            session.place_payload()
+            if site not in self.equipped:
+                session.place_payload()
+                self.equipped.add(site)
             self._move(session, configuration)
         except Interrupted:
             raise
@@ -83,21 +89,41 @@ class Engine:
             self._postpone(site, spent.until + 0.5)
         except FlctlError as error:
             self._note_trouble(site, error)
+        except Exception as error:  # one site's defect must not end what the others do
+            self._note_trouble(site, defect(error))
         else:
-            self._note_contact(profile)
+            self._note_contact(profile, began)
 
     def session(self, profile: Site, lock: int) -> Session:
         """The site's session over this process's connection, made if there is none. The site's lock must be held:
         rsync and ssh children inherit it."""
+        contact = self.workspace.contact(profile.name)
+        if contacts.is_held(contact.held):
+            raise LoginNeeded(
+                f"the site is held, no login is tried: {contact.held.reason if contact.held else ''}",
+                hint=f"put it right, then flctl release {profile.name}",
+                site=profile.name,
+            )
         self.note(profile.name, "connecting")
         connection = self.connections.get(profile.name)
         if connection is None:
-            connection = connect(profile, self._road(profile))
+            connection = self._connect(profile)
             self.connections[profile.name] = connection
         connection.lock_fds = (lock,)
         return open_session(
             self.workspace, profile, connection, lambda what, moved, total: self.note(profile.name, what, moved, total)
         )
+
+    def _connect(self, profile: Site) -> Connection:
+        """Log in. A refused login holds the site, whoever asked for it: nothing hammers."""
+        try:
+            return connect(profile, self._road(profile))
+        except CodeSpent:
+            raise
+        except LoginNeeded as error:
+            contact = self.workspace.contact(profile.name)
+            self.workspace.save_contact(profile.name, contacts.failed(contact, error, time.time()))
+            raise
 
     def _road(self, profile: Site) -> Road:
         folder = self.runtime / profile.name
@@ -147,7 +173,7 @@ class Engine:
             self.note(run.site, "fetching")
             return steps.fetch(session, run, configuration)
         except FlctlError as error:
-            if error.code in ("aggregation_refused", "job_failed", "budget_refused") and run.stage == Stage.ENDED:
+            if error.code in ("aggregation_refused", "job_failed") and run.stage == Stage.ENDED:
                 return replace(run, stage=Stage.FAILED, failure=failure_of(error))
             raise
 
@@ -161,7 +187,6 @@ class Engine:
         if after.failure is not None and after.failure != before.failure:
             self.errors.append((after.site, after.failure))
         if after.stage != before.stage or after.attempt != before.attempt:
-            self.tell(line_of(after))
             self.workspace.journal.append(
                 "run",
                 site=after.site,
@@ -172,6 +197,7 @@ class Engine:
                 job_id=after.job.id,
                 reason=after.failure.message if after.failure else "",
             )
+            self.tell(line_of(after))
 
     # Contact with a site
 
@@ -181,11 +207,10 @@ class Engine:
     def open_runs(self, site: str) -> list[Run]:
         return [run for run in self.workspace.runs(site) if run.open]
 
-    def _note_contact(self, profile: Site) -> None:
+    def _note_contact(self, profile: Site, began: float) -> None:
         """The site was reached: when it is next looked at depends on its jobs and on what a login costs."""
-        now = time.time()
-        due = contacts.next_due(profile, self.open_runs(profile.name), now, stays=self.stays)
-        self.workspace.save_contact(profile.name, contacts.reached(self.workspace.contact(profile.name), now, due))
+        due = contacts.next_due(profile, self.open_runs(profile.name), time.time(), stays=self.stays)
+        self.workspace.save_contact(profile.name, contacts.reached(self.workspace.contact(profile.name), began, due))
 
     def _note_trouble(self, site: str, error: FlctlError) -> None:
         """The contact failed: say why, and come back later, or wait for a person."""
@@ -200,6 +225,7 @@ class Engine:
 
     def drop(self, site: str) -> None:
         """Close this process's connection to a site, if there is one."""
+        self.equipped.discard(site)
         connection = self.connections.pop(site, None)
         if connection is not None:
             connection.close()
@@ -228,17 +254,33 @@ class Engine:
                 return None
             decision = POLICIES[configuration.policy.name](view, time.time())
             if decision.merge is not None:
-                self.note("", f"merging model {decision.merge.version:04d}")
-                try:
-                    merge_model(self.workspace, decision.merge, configuration, stop=self.stop.is_set)
-                finally:
-                    self.doing.pop("", None)
-                self.tell(f"model {decision.merge.version:04d} is made of {len(decision.merge.runs)} contributions")
+                failed = self._merge(decision.merge, configuration)
+                if failed is not None:
+                    return Decision(lacking=failed.message)
                 continue
             for order in decision.orders:
                 self.give(order)
             if not decision.orders:
                 return decision
+
+    def _merge(self, merge: Merge, configuration: Configuration) -> FlctlError | None:
+        """Make a model; why not, if it cannot be made. A spoilt contribution fails its run, so that its site
+        can train again."""
+        self.note("", f"merging model {merge.version:04d}")
+        try:
+            merge_model(self.workspace, merge, configuration, stop=self.stop.is_set)
+        except Interrupted:
+            raise
+        except FlctlError as error:
+            self.errors.append((error.site or "", failure_of(error)))
+            spoilt = [self.workspace.run(*key) for key in merge.runs if key[0] == error.site]
+            for run in spoilt:
+                self.record(run, replace(run, stage=Stage.FAILED, failure=failure_of(error)))
+            return error
+        finally:
+            self.doing.pop("", None)
+        self.tell(f"model {merge.version:04d} is made of {len(merge.runs)} contributions")
+        return None
 
     def give(self, order: Order) -> Run:
         """Write an order as a new run, due at once."""
@@ -252,9 +294,10 @@ class Engine:
         )
         return run
 
-    def tick(self, *, stays: bool = False) -> Decision | None:
+    def tick(self, *, stays: bool = False, deadline: float | None = None) -> Decision | None:
         """Advance every due site, each in a thread of its own, and decide after each; also those that become due by
-        what was decided. `stays`: this process keeps its connections for the next tick."""
+        what was decided. `stays`: this process keeps its connections for the next tick. Interrupted when `stop` is set
+        or the monotonic clock passes `deadline`; what runs then is given INTERRUPT_PATIENCE seconds to end."""
         self.stays = stays
         decision = self.decide(patience=0.0)
         running: dict[Future[bool], str] = {}
@@ -262,6 +305,9 @@ class Engine:
         pool = ThreadPoolExecutor(max_workers=32, thread_name_prefix="site")
         try:
             while True:
+                if deadline is not None and time.monotonic() > deadline and running:
+                    self.stop.set()
+                self._check_stop()
                 for site in self.due_sites():
                     if site not in running.values() and site not in skipped:
                         running[pool.submit(self.advance, site)] = site
@@ -272,10 +318,9 @@ class Engine:
                     site = running.pop(future)
                     if not future.result():
                         skipped.add(site)
-                    decision = self.decide() or decision
-                self._check_stop()
+                    decision = self.decide()
         except Interrupted:
-            wait(running, timeout=INTERRUPT_PATIENCE)
+            self.abandoned = bool(wait(running, timeout=INTERRUPT_PATIENCE).not_done)
             raise
         finally:
             pool.shutdown(wait=False, cancel_futures=True)

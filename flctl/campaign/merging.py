@@ -62,8 +62,6 @@ def merge_model(
         contributions=contributions,
     )
     write_json(draft / "flctl.json", record)
-    draft.rename(target)
-    fsync_folder(target.parent)
     workspace.journal.append(
         "model",
         version=merge.version,
@@ -71,6 +69,9 @@ def merge_model(
         contributions=[f"{item['site']}/{item['number']}" for item in contributions],
         seconds=round(time.time() - began, 3),
     )
+
+    draft.rename(target)
+    fsync_folder(target.parent)
 
 
 def model_record(*, version: int, files: tuple[FileEntry, ...], **facts: object) -> dict[str, object]:

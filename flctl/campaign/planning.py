@@ -2,13 +2,16 @@
 
 import time
 from dataclasses import replace
+from typing import Any
 
-from flctl.campaign import steps
+from flctl.campaign import shipped, steps
 from flctl.campaign.config import load_configuration, load_profile
 from flctl.campaign.engine import Engine
+from flctl.campaign.report import failed_runs
 from flctl.campaign.workspace import Workspace
-from flctl.errors import ConfigurationError, FlctlError, Locked, UsageError
+from flctl.errors import CodeSpent, ConfigurationError, FlctlError, Interrupted, Locked, UsageError
 from flctl.facility.profile import missing
+from flctl.facility.table import nearest
 from flctl.records import Failure, Job, Plan, Run, Stage, Work, token_of
 
 
@@ -31,6 +34,25 @@ def chosen_sites(workspace: Workspace, names: list[str]) -> tuple[str, ...]:
     return tuple(sorted(set(names)))
 
 
+def check_train(workspace: Workspace, sites: tuple[str, ...], train: dict[str, Any]) -> None:
+    """ConfigurationError if [train] holds a key that train.py does not know, found here and not after a night in the
+    queue. A site with a trainer of its own may have others."""
+    known = shipped.trainer_options()
+    for name in sites:
+        profile = load_profile(workspace, name)
+        if profile.environment.trainer:
+            continue
+        for file, table in (("flctl.toml", train), (f"sites/{name}.toml", profile.train)):
+            for key in table:
+                if key not in known:
+                    close = nearest(key, known)
+                    advice = f"did you mean train.{close}?" if close else f"train.py knows: {', '.join(known)}"
+                    raise ConfigurationError(
+                        f"{workspace.root / file}: train.{key}: train.py has no such option; {advice}",
+                        hint=f"correct {workspace.root / file}",
+                    )
+
+
 def is_open(workspace: Workspace, plan: Plan) -> bool:
     """Whether the plan is still to be fulfilled: a model is missing, or a run of it is under way."""
     return workspace.newest_model().version < plan.target or any(run.open for run in workspace.runs())
@@ -40,6 +62,7 @@ def proposed(workspace: Workspace, names: list[str], rounds: int | None, steps_:
     """The plan for `rounds` more models by these sites."""
     configuration = load_configuration(workspace)
     sites = chosen_sites(workspace, names)
+    check_train(workspace, sites, configuration.train)
     least = configuration.campaign.min_sites
     if least > len(sites):
         raise ConfigurationError(
@@ -101,20 +124,6 @@ def affected(workspace: Workspace, site: str | None, what: str, runs: list[Run])
     return chosen
 
 
-def failed_runs(workspace: Workspace) -> list[Run]:
-    """Each site's last run of its kind and round in the current plan, where it failed."""
-    last: dict[tuple[str, Work, int], Run] = {}
-    newest, plan = workspace.newest_model().version, workspace.plan()
-    for run in workspace.runs():
-        if plan is not None and run.order.plan == plan.number:
-            last[run.site, run.order.work, run.order.round] = run
-    return [
-        run
-        for run in last.values()
-        if run.stage == Stage.FAILED and (run.order.round > newest or run.order.work == Work.EVALUATE)
-    ]
-
-
 def retry(engine: Engine, site: str | None) -> list[Run]:
     """Open the next attempt of the failed runs: a new token, a new folder, a new job."""
     workspace, opened = engine.workspace, []
@@ -151,22 +160,25 @@ def skip(engine: Engine, site: str) -> tuple[int, FlctlError | None]:
     version = workspace.newest_model().version + 1
     if plan is None or version > plan.target or site not in plan.sites:
         raise UsageError(f"no model that {site} is planned for is being made", hint="flctl status shows the plan")
-    runs = [run for run in workspace.runs(site) if run.order.round == version and run.order.work == Work.TRAIN]
+    wanted = (plan.number, version, Work.TRAIN)
+    runs = [run for run in workspace.runs(site) if (run.order.plan, run.order.round, run.order.work) == wanted]
     if any(run.stage == Stage.FETCHED for run in runs):
         raise UsageError(f"{site}'s contribution to model {version:04d} is already here", hint="flctl status")
+    if set(plan.sites) <= plan.skips(version) | {site}:
+        raise UsageError(
+            f"{site} is the last site of model {version:04d}; without it there is none",
+            hint="flctl cancel ends the plan",
+        )
     trouble: FlctlError | None = None
+    why = f"left out of model {version:04d} with flctl skip"
     for run in runs:
-        if run.open:
-            why = f"left out of model {version:04d} with flctl skip"
-            try:
-                _end(engine, run, why, skipped=True)
-            except Locked:
-                raise
-            except FlctlError as error:
-                trouble = error
-                _close(engine, run, why, skipped=True)
-        else:
-            engine.record(run, replace(run, skipped=True))
+        try:
+            _end(engine, run, why, skipped=True)
+        except (CodeSpent, Interrupted, Locked):
+            raise
+        except FlctlError as error:
+            trouble = error
+            _close(engine, run, why, skipped=True)
     with workspace.lock_campaign():
         plan = workspace.plan() or plan
         if site not in plan.skips(version):
@@ -181,8 +193,16 @@ def open_targets(workspace: Workspace, site: str | None) -> list[Run]:
     return runs if site is None else affected(workspace, site, "is under way", runs)
 
 
+CANCELLED = "cancelled with flctl cancel"
+
+
 def cancel_run(engine: Engine, run: Run) -> Run:
-    return _end(engine, run, "cancelled with flctl cancel")
+    return _end(engine, run, CANCELLED)
+
+
+def give_up_run(engine: Engine, run: Run) -> Run:
+    """Close a run whose site cannot be told to: what its job still makes is never merged."""
+    return _close(engine, run, CANCELLED, skipped=False)
 
 
 def end_plan(workspace: Workspace) -> None:
@@ -201,6 +221,7 @@ def _end(engine: Engine, run: Run, why: str, *, skipped: bool = False) -> Run:
         run = workspace.run(run.site, run.number)
         if run.open and run.stage not in (Stage.ORDERED, Stage.ENDED):
             session = engine.session(load_profile(workspace, run.site), lock)
+            session.place_payload()
             steps.cancel(session, run)
         return _closed(engine, run, why, skipped=skipped)
 
@@ -213,6 +234,8 @@ def _close(engine: Engine, run: Run, why: str, *, skipped: bool) -> Run:
 
 def _closed(engine: Engine, run: Run, why: str, *, skipped: bool) -> Run:
     if not run.open:
+        if skipped and run.stage == Stage.FAILED:
+            engine.record(run, replace(run, skipped=True))
         return run
     failure = Failure(code="job_failed", exit_code=6, message=why, hint=f"flctl retry {run.site} trains again")
     closed = replace(run, stage=Stage.FAILED, failure=failure, skipped=skipped)

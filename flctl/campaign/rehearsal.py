@@ -5,6 +5,7 @@ from pathlib import PurePosixPath
 from flctl.campaign import shipped
 from flctl.campaign.config import load_profile
 from flctl.campaign.planning import is_open, proposed
+from flctl.campaign.session import VARIABLE
 from flctl.campaign.steps.deliver import read_template
 from flctl.campaign.workspace import Workspace
 from flctl.facility.script import job_script
@@ -14,7 +15,8 @@ from flctl.records import Plan, token_of
 def rehearse(
     workspace: Workspace, names: list[str], rounds: int | None, steps: int | None
 ) -> tuple[Plan, dict[str, str]]:
-    """The plan, and the job script of each site's next run. Paths not yet resolved keep the site's variables."""
+    """The plan, and the job script of each site's next run. Before the first login `$WORK`
+    stands as `/_WORK_`: only the site knows it."""
     current = workspace.plan()
     plan = current if current is not None and is_open(workspace, current) else proposed(workspace, names, rounds, steps)
     return plan, {name: _script(workspace, name) for name in plan.sites}
@@ -22,7 +24,8 @@ def rehearse(
 
 def _script(workspace: Workspace, name: str) -> str:
     site, contact = load_profile(workspace, name), workspace.contact(name)
-    root = PurePosixPath(contact.workdir or f"{site.storage.work}/{workspace.label}")
+    work = VARIABLE.sub(lambda match: f"/_{match[1] or match[2]}_", site.storage.work.replace("~", "/_HOME_"))
+    root = PurePosixPath(contact.workdir or f"{work.replace('//', '/')}/{workspace.label}")
     number = max((run.number for run in workspace.runs(name)), default=0) + 1
     return job_script(
         site,

@@ -4,7 +4,7 @@ import time
 from typing import Any
 
 from flctl.campaign.workspace import Workspace
-from flctl.records import Contact, Run, to_data
+from flctl.records import Contact, Run, Stage, Work, to_data
 
 
 def run_row(run: Run, contact: Contact) -> dict[str, Any]:
@@ -79,6 +79,20 @@ def waiting(workspace: Workspace, runs: tuple[Run, ...]) -> list[dict[str, Any]]
                 }
             )
     return rows
+
+
+def failed_runs(workspace: Workspace) -> list[Run]:
+    """Each site's last run of its kind and round in the current plan, where it failed."""
+    last: dict[tuple[str, Work, int], Run] = {}
+    newest, plan = workspace.newest_model().version, workspace.plan()
+    for run in workspace.runs():
+        if plan is not None and run.order.plan == plan.number:
+            last[run.site, run.order.work, run.order.round] = run
+    return [
+        run
+        for run in last.values()
+        if run.stage == Stage.FAILED and (run.order.round > newest or run.order.work == Work.EVALUATE)
+    ]
 
 
 def state_of(run: Run, contact: Contact) -> str:

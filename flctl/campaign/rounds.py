@@ -3,15 +3,16 @@
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
-from flctl.campaign.contacts import failure_of
+from flctl.campaign.contacts import failure_of, is_held
 from flctl.campaign.engine import Engine
 from flctl.campaign.planning import is_open
+from flctl.campaign.report import failed_runs
 from flctl.campaign.workspace import Workspace
-from flctl.errors import AggregationRefused, Locked, LoginNeeded, WaitElapsed, exit_code_of
+from flctl.errors import AggregationRefused, Interrupted, JobFailed, Locked, LoginNeeded, WaitElapsed, exit_code_of
 from flctl.policy import Decision
-from flctl.records import Contact, Failure, Run
+from flctl.records import Contact, Failure, Plan, Run
 
 UNREACHABLE_PATIENCE = 900.0
 """Seconds for which `round` goes on trying a site that it had reached before; ticks never give up."""
@@ -25,10 +26,12 @@ Errors = list[tuple[str, Failure]]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Outcome:
-    """How a command that moved the campaign ended. `errors`: by site ("" is home), what went wrong on the way."""
+    """How a command that moved the campaign ended. `errors`: by site ("" is home), what went wrong on the way; `notes`:
+    what waits for a person although nothing went wrong now."""
 
     done: bool
     errors: Errors
+    notes: Errors = field(default_factory=list)
 
     @property
     def exit_code(self) -> int:
@@ -38,28 +41,47 @@ class Outcome:
     def status(self) -> str:
         if self.exit_code:
             return "error"
-        return "partial" if self.errors else "ok"
+        return "partial" if self.errors or self.notes else "ok"
 
 
-def drive(engine: Engine, *, wait: float | None, pause: Callable[[float], object]) -> Outcome:
+def drive(engine: Engine, plan: Plan, *, wait: float | None, pause: Callable[[float], object]) -> Outcome:
     """Tick until the plan is done, nothing can move without a person, or `wait` seconds are over. `pause(seconds)`
     waits and may show what is going on."""
     workspace = engine.workspace
     deadline = None if wait is None else time.monotonic() + wait
     _try_again(workspace)
     while True:
-        decision = engine.tick(stays=True)
+        try:
+            decision = engine.tick(stays=True, deadline=deadline)
+        except Interrupted:
+            if deadline is None or time.monotonic() < deadline:
+                raise
+            return _elapsed(engine, None, wait)
         if decision is not None and decision.done:
-            return Outcome(done=True, errors=_lasting(engine))
+            return _finished(workspace, plan)
         waiting = [run for run in workspace.runs() if run.open]
         if decision is not None and not any(not _stuck(run, workspace.contact(run.site)) for run in waiting):
             return Outcome(done=False, errors=_explain(engine, decision))
         if deadline is not None and time.monotonic() >= deadline:
-            elapsed = WaitElapsed(
-                f"--wait of {wait:g} s is over", hint="flctl round goes on; jobs at the sites still run"
-            )
-            return Outcome(done=False, errors=[*_explain(engine, decision), ("", failure_of(elapsed))])
+            return _elapsed(engine, decision, wait)
         pause(_until_due(workspace, waiting, deadline) if waiting else WHILE_OTHERS_DECIDE)
+
+
+def _elapsed(engine: Engine, decision: Decision | None, wait: float | None) -> Outcome:
+    error = WaitElapsed(f"--wait of {wait:g} s is over", hint="flctl round goes on; jobs at the sites still run")
+    return Outcome(done=False, errors=[*_explain(engine, decision), ("", failure_of(error))])
+
+
+def _finished(workspace: Workspace, plan: Plan) -> Outcome:
+    """Nothing of the plan is left to do: fulfilled, or ended by somebody while we waited."""
+    newest = workspace.newest_model().version
+    if newest >= plan.target:
+        return Outcome(done=True, errors=_lasting(workspace, plan))
+    error = JobFailed(
+        f"the plan was cancelled before model {plan.target:04d} was made; the newest is {newest:04d}",
+        hint="flctl round makes the next one",
+    )
+    return Outcome(done=False, errors=[("", failure_of(error))])
 
 
 def _try_again(workspace: Workspace) -> None:
@@ -85,36 +107,54 @@ def _stuck(run: Run, contact: Contact) -> bool:
     return contact.failures >= TRANSFER_TRIES
 
 
-def _lasting(engine: Engine) -> Errors:
-    """What failed on the way and was not made good: runs of this process that failed, troubles that still stand."""
-    return _unique([(site, failure) for site, failure in engine.errors if failure.code != "site_unreachable"])
+def _lasting(workspace: Workspace, plan: Plan) -> Errors:
+    """What failed on the way and was not made good: the plan's runs that failed or were left out."""
+    return [(run.site, run.failure) for run in workspace.runs() if run.order.plan == plan.number and run.failure]
 
 
 def _explain(engine: Engine, decision: Decision | None) -> Errors:
     """Why the plan is not done: failed runs, held sites, sites in trouble, a round that lacks contributions."""
-    from flctl.campaign.planning import failed_runs
-
     workspace = engine.workspace
     errors: Errors = [(run.site, run.failure) for run in failed_runs(workspace) if run.failure and not run.skipped]
     for run in workspace.runs():
         contact = workspace.contact(run.site)
-        if run.open and contact.held is not None and contact.trouble is None:
-            held = LoginNeeded(f"held: {contact.held.reason}", hint=f"flctl release {run.site}")
-            errors.append((run.site, failure_of(held)))
+        if run.open and contact.held is not None:
+            errors.append((run.site, _held(run.site, contact)))
         elif run.open and contact.trouble is not None:
             errors.append((run.site, contact.trouble))
-    if decision is not None and decision.lacking:
-        names = sorted({site for site, _ in errors if site})
-        hint = f"flctl retry {names[0]} or flctl skip {names[0]}" if names else "flctl status"
-        errors.append(("", failure_of(AggregationRefused(decision.lacking, hint=hint))))
+    errors += [(site, failure) for site, failure in engine.errors if not site]
+    if decision is not None and decision.lacking and not errors:
+        errors = _lacking(workspace, decision)
+    elif decision is not None and not errors and not any(run.open for run in workspace.runs()):
+        errors.append(("", failure_of(AggregationRefused("nothing is under way", hint="flctl status"))))
     return _unique(errors)
 
 
+def _held(site: str, contact: Contact) -> Failure:
+    """Why a held site is not contacted, with what to do first where that is known."""
+    first = f"{contact.trouble.hint}; " if contact.trouble and "flctl release" not in contact.trouble.hint else ""
+    reason = contact.held.reason if contact.held else ""
+    return failure_of(LoginNeeded(f"HELD: {reason}", hint=f"{first}then flctl release {site}"))
+
+
+def _lacking(workspace: Workspace, decision: Decision | None) -> Errors:
+    """That a round cannot close without a person, if so."""
+    if decision is None or not decision.lacking:
+        return []
+    names = sorted({run.site for run in failed_runs(workspace) if not run.skipped})
+    hint = f"flctl retry {names[0]} or flctl skip {names[0]}" if names else "flctl retry, or flctl cancel ends the plan"
+    return [("", failure_of(AggregationRefused(decision.lacking, hint=hint)))]
+
+
 def tick_outcome(engine: Engine, decision: Decision | None) -> Outcome:
-    """How one tick went: what newly went wrong in it decides the exit code, an idle one is no error."""
-    plan = engine.workspace.plan()
-    done = plan is None or not is_open(engine.workspace, plan) or (decision is not None and decision.done)
-    return Outcome(done=done, errors=_unique(engine.errors))
+    """How one tick went: what newly went wrong in it decides the exit code; an idle one is no error."""
+    workspace = engine.workspace
+    plan = workspace.plan()
+    done = plan is None or not is_open(workspace, plan) or (decision is not None and decision.done)
+    new = {site for site, _ in engine.errors}
+    contacts = {run.site: workspace.contact(run.site) for run in workspace.runs() if run.open}
+    held = [(site, _held(site, contact)) for site, contact in contacts.items() if contact.held and site not in new]
+    return Outcome(done=done, errors=_unique(engine.errors), notes=[*held, *_lacking(workspace, decision)])
 
 
 def _unique(errors: Errors) -> Errors:
@@ -123,7 +163,9 @@ def _unique(errors: Errors) -> Errors:
 
 def _until_due(workspace: Workspace, waiting: list[Run], deadline: float | None) -> float:
     """Seconds to the next contact that is due, short enough to keep the view alive and to see other processes' work."""
-    due = min((workspace.contact(run.site).due for run in waiting), default=0.0) - time.time()
+    records = [workspace.contact(run.site) for run in waiting]
+    due = min((contact.due for contact in records if not is_held(contact.held)), default=time.time() + LONGEST_PAUSE)
+    due -= time.time()
     if deadline is not None:
         due = min(due, deadline - time.monotonic())
     return min(LONGEST_PAUSE, max(0.05, due))

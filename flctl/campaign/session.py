@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from hashlib import sha256
 from pathlib import Path, PurePosixPath
+from typing import Literal
 
 from flctl.campaign import shipped
 from flctl.campaign.workspace import Workspace, fsync_folder
@@ -18,6 +19,9 @@ from flctl.records import FileEntry
 VARIABLE = re.compile(r"\$(?:\{([A-Za-z_]\w*)\}|([A-Za-z_]\w*))")
 HASHING_RATE = 20e6
 """Bytes per second that a busy login node is trusted to hash at least."""
+
+Place = tuple[Path, Sequence[FileEntry], PurePosixPath]
+"""A local folder, the files of it that count, and where they belong at the site."""
 
 Report = Callable[[str, int, int], None]
 """What is being moved, bytes so far, bytes in all."""
@@ -47,16 +51,30 @@ class Session:
         return ask(self.connection, self.site.name, commands, timeout=timeout)
 
     def place_payload(self) -> None:
-        """Put this flctl's payload there unless it was: an upgrade in the middle of a campaign brings its own."""
-        contact, current = self.workspace.contact(self.site.name), shipped.payload_sha256()
-        if contact.payload != current:
-            if self.ask({"there": f"test -d {quote(self.payload)}"})["there"].status != 0:
-                self.place(shipped.payload_folder(), shipped.payload_manifest(), self.payload)
-            self.workspace.save_contact(self.site.name, replace(contact, payload=current))
+        """Put this flctl's payload there unless it is there whole: an upgrade in the middle of a campaign brings its
+        own, and a purge may have taken it away."""
+        self.place_all([(shipped.payload_folder(), shipped.payload_manifest(), self.payload)], hashed=True)
 
-    def place(self, source: Path, files: Sequence[FileEntry], target: PurePosixPath) -> None:
+    def place_all(self, places: Sequence[Place], *, hashed: bool = False) -> None:
+        """Put folders in place that are not there whole, by names and sizes, or by hash. What is there and differs is
+        moved aside."""
+        commands = {f"p{index}": _is_whole(files, place, hashed) for index, (_, files, place) in enumerate(places)}
+        total = sum(entry.size for _, files, _ in places for entry in files) if hashed else 0
+        answers = self.ask(commands, timeout=60 + total / HASHING_RATE) if places else {}
+        for index, (source, files, place) in enumerate(places):
+            if answers[f"p{index}"].status != 0:
+                self.place(source, files, place)
+
+    def place(self, source: Path, files: Sequence[FileEntry], target: PurePosixPath, *, aside: bool = True) -> None:
         """Copy the named files of a local folder to a new folder of the site: pushed under another name, verified there
-        by sha256, renamed. What was pushed before an interruption is not pushed again."""
+        by sha256, renamed. What was pushed before an interruption is not pushed again. `aside`: a folder that is
+        there already makes room; else that is an error."""
+        for entry in files:
+            if not _same(source / entry.path, entry):
+                raise ConfigurationError(
+                    f"{source / entry.path} is missing, or is not what it was when it was recorded",
+                    hint=f"restore {source} from a backup, or take it from a site that has it",
+                )
         part = target.parent / f".{target.name}.part"
         total = sum(entry.size for entry in files)
         for entry in files:
@@ -69,6 +87,7 @@ class Session:
         )
         manifest = "".join(f"{entry.sha256}  {entry.path}\n" for entry in files)
         names = "".join(f"{entry.path}\n" for entry in files)
+        old = f"mv {quote(target)} {quote(part)}.old.$$" if aside else "false"
         # An interrupted push may have left temporary files behind: what the manifest does not name goes away.
         command = (
             f"cd {quote(part)} || exit 1\n"
@@ -79,7 +98,8 @@ class Session:
             '  printf \'%s\\n\' "$names" | grep -qxF -e "${path#./}" || rm -f "$path"\n'
             "done\n"
             "find . -mindepth 1 -type d -empty -delete\n"
-            f"test -e {quote(target)} || mv {quote(part)} {quote(target)}"
+            f"test ! -e {quote(target)} || {old} || exit 1\n"
+            f"mv {quote(part)} {quote(target)} && rm -rf {quote(part)}.old.*"
         )
         answer = self.ask({"place": command}, timeout=60 + total / HASHING_RATE)["place"]
         if answer.status != 0:
@@ -119,10 +139,24 @@ class Session:
         entry = FileEntry(path=path.name, size=len(raw), sha256=sha256(raw).hexdigest())
         self._journal("in", str(path.relative_to(self.root)), entry)
 
+    def note_moved(self, direction: Literal["in", "out"], path: str, entry: FileEntry) -> None:
+        """Journal a file that crosses the border by other ways than place and bring."""
+        self._journal(direction, path, entry)
+
     def _journal(self, direction: str, path: str, entry: FileEntry) -> None:
         self.workspace.journal.append(
             "file", direction=direction, site=self.site.name, path=path, size=entry.size, sha256=entry.sha256
         )
+
+
+def _is_whole(files: Sequence[FileEntry], place: PurePosixPath, hashed: bool) -> str:
+    """A command that succeeds if a folder holds these files."""
+    if hashed:
+        manifest = "".join(f"{entry.sha256}  {entry.path}\n" for entry in files)
+        return f"cd {quote(place)} && sha256sum -c --status - <<'MANIFEST'\n{manifest}MANIFEST"
+    sizes = "\n".join(str(entry.size) for entry in files)
+    names = " ".join(quote(f"./{entry.path}") for entry in files)
+    return f'cd {quote(place)} && test "$(stat -c %s {names})" = {quote(sizes)}'
 
 
 def ask(connection: Connection, site: str, commands: Mapping[str, str], *, timeout: float = 60.0) -> dict[str, Answer]:
@@ -133,11 +167,19 @@ def ask(connection: Connection, site: str, commands: Mapping[str, str], *, timeo
 
 
 def open_session(workspace: Workspace, site: Site, connection: Connection, report: Report) -> Session:
-    """The session of a connected site. Its paths are resolved once, in a login shell, and remembered."""
-    contact = workspace.contact(site.name)
-    if contact.workdir is None or contact.data is None:
-        work, data = resolve(connection, site, [site.storage.work, site.storage.data])
-        contact = replace(workspace.contact(site.name), workdir=f"{work}/{workspace.label}", data=data)
+    """The session of a connected site. Its paths are resolved in a login shell, once for what the profile
+    says, and remembered."""
+    contact, asked = workspace.contact(site.name), (site.storage.work, site.storage.data)
+    if contact.resolved != asked:
+        work, data = resolve(connection, site, asked)
+        workdir = f"{work}/{workspace.label}"
+        if contact.workdir not in (None, workdir) and any(run.open for run in workspace.runs(site.name)):
+            raise ConfigurationError(
+                f"sites/{site.name}.toml: storage.work changed while a run is under way in {contact.workdir}",
+                hint=f"put it back until the run has ended, or flctl cancel {site.name} before you change it",
+                site=site.name,
+            )
+        contact = replace(workspace.contact(site.name), workdir=workdir, data=data, resolved=asked)
         workspace.save_contact(site.name, contact)
     return Session(
         workspace=workspace,

@@ -64,6 +64,7 @@ def examine(engine: Engine, name: str) -> SiteReport:
 
 
 def _inside(session: Session) -> list[Check]:
+    session.place_payload()
     work, data = str(session.root), session.data
     answers = session.ask(questions(session.site, session.scheduler, work, data), timeout=PROBE_TIMEOUT)
     files = session.workspace.model_record(session.workspace.newest_model().version)["files"]
@@ -79,9 +80,11 @@ def _transfer(session: Session, scratch: Path) -> Check:
     (scratch / name).write_bytes(content)
     entry = FileEntry(path=name, size=len(content), sha256=sha256(content).hexdigest())
     began = time.monotonic()
+    session.note_moved("out", name, entry)
     session.connection.push(scratch, [name], folder)
     (scratch / "back").mkdir(mode=0o700)
     try:
+        session.note_moved("in", name, entry)
         session.connection.pull(folder, [entry], scratch / "back")
         same = (scratch / "back" / name).read_bytes() == content
     finally:

@@ -3,20 +3,22 @@
 import fcntl
 import json
 import os
+import threading
 import time
 import tomllib
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
-from flctl.campaign.journal import Journal
+from flctl.campaign.journal import Journal, unwritable
 from flctl.errors import ConfigurationError, Locked
 from flctl.records import Contact, Model, Plan, Run, from_data, to_data
 
 Record = TypeVar("Record")
 
 LOCK_PATIENCE = 5.0
+RESTORE = "restore it from a backup of the campaign's folder; what the sites know is adopted from there"
 
 
 class Workspace:
@@ -117,8 +119,8 @@ class Workspace:
     def model_record(self, version: int) -> dict[str, Any]:
         """flctl.json of one model version, as data."""
         record = _read_json(self.model_folder(version) / "flctl.json")
-        if not isinstance(record, dict):
-            raise ConfigurationError(f"{self.model_folder(version) / 'flctl.json'} holds no object")
+        if not isinstance(record, dict) or not {"sha256", "files"} <= record.keys():
+            raise ConfigurationError(f"{self.model_folder(version) / 'flctl.json'} is damaged: it names no files")
         return record
 
     def models(self) -> tuple[Model, ...]:
@@ -151,8 +153,11 @@ class Workspace:
 def lock(path: Path, what: str, patience: float) -> Iterator[int]:
     """An exclusive flock on `path`, waited for at most `patience` seconds; Locked after that. The kernel ends it with
     the last process that holds the descriptor, so no lock is ever stale."""
-    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
+    try:
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
+    except OSError as error:
+        raise unwritable(path, error) from error
     deadline = time.monotonic() + patience
     try:
         while True:
@@ -173,18 +178,26 @@ def lock(path: Path, what: str, patience: float) -> Iterator[int]:
 
 def write_atomic(path: Path, content: bytes) -> None:
     """The whole content or the old one, whatever happens: temporary name, fsync, rename, fsync of the folder."""
-    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    draft = path.with_name(f".{path.name}.{os.getpid()}")
+    draft = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}")
     try:
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         with draft.open("wb") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
         draft.rename(path)
+        fsync_folder(path.parent)
+    except OSError as error:
+        _remove(draft)
+        raise unwritable(path, error) from error
     except BaseException:
-        draft.unlink(missing_ok=True)
+        _remove(draft)
         raise
-    fsync_folder(path.parent)
+
+
+def _remove(draft: Path) -> None:
+    with suppress(OSError):
+        draft.unlink(missing_ok=True)
 
 
 def write_json(path: Path, data: Any) -> None:
@@ -215,12 +228,12 @@ def _read_json(path: Path) -> Any:
     except OSError as error:
         raise ConfigurationError(f"{path}: {error.strerror}") from error
     except ValueError as error:
-        raise ConfigurationError(f"{path} is damaged: {error}") from error
+        raise ConfigurationError(f"{path} is damaged: {error}", hint=RESTORE) from error
 
 
 def _load(kind: type[Record], path: Path) -> Record:
     try:
         record: Record = from_data(kind, _read_json(path))
     except ValueError as error:
-        raise ConfigurationError(f"{path} is damaged: {error}") from error
+        raise ConfigurationError(f"{path} is damaged: {error}", hint=RESTORE) from error
     return record

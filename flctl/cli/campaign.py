@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from flctl.cli.moving import find, moving
-from flctl.cli.output import print_failures, print_json
+from flctl.cli.output import print_failures, print_json, say
 
 app = typer.Typer(
     help="Campaigns that run for weeks: a plan, and ticks from cron.", no_args_is_help=True, rich_markup_mode=None
@@ -41,15 +41,19 @@ def tick(
     from flctl.campaign.rounds import tick_outcome
 
     workspace = find(context.obj)
-    with moving(workspace, (lambda line: None) if json else print) as engine:
+    with moving(workspace, (lambda line: None) if json else say, "campaign tick" if json else "") as engine:
         outcome = tick_outcome(engine, engine.tick())
     if json:
         data = progress(workspace, done=outcome.done)
         print_json(
-            "campaign tick", status=outcome.status, exit_code=outcome.exit_code, data=data, errors=outcome.errors
+            "campaign tick",
+            status=outcome.status,
+            exit_code=outcome.exit_code,
+            data=data,
+            errors=[*outcome.errors, *outcome.notes],
         )
     else:
-        print_failures(outcome.errors)
+        print_failures([*outcome.errors, *outcome.notes])
         if outcome.done:
             print("nothing to do: no plan is open")
     raise typer.Exit(outcome.exit_code)

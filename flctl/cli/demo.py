@@ -29,8 +29,8 @@ def demo(
     place = folder or Path(tempfile.mkdtemp(prefix="flctl-demo-"))
     workspace = build(place, python=sys.executable, seed=seed)
     print(f"Two sites on this machine, a model of its own for each language, and one model for both: {place}")
-    open_plan(workspace, [], rounds, None)
-    code = run_round(workspace, None)
+    plan = open_plan(workspace, [], rounds, None)
+    code = run_round(workspace, plan, None)
     if code:
         raise typer.Exit(code)
     for version in range(1, rounds + 1):
@@ -40,6 +40,7 @@ def demo(
     for line in verdict(workspace):
         print(line)
     print(f"Look into {workspace.root}: models/, runs/, journal.jsonl; or type: flctl -C {workspace.root} status")
+    print("It may be deleted when you have seen enough.")
 
 
 def _grid(version: int, rows: dict[str, dict[str, float]]) -> Grid:

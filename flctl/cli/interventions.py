@@ -1,11 +1,14 @@
 """`flctl retry | skip | cancel | release | log`: what a person decides."""
 
+import sys
 from functools import partial
 from typing import Annotated
 
 import typer
 
 from flctl.cli.moving import find, moving, patiently
+from flctl.cli.output import print_error
+from flctl.errors import FlctlError, Interrupted, Locked, exit_code_of
 
 Site = Annotated[str | None, typer.Argument(metavar="[SITE]", help="One site. Default: all that it concerns.")]
 OneSite = Annotated[str, typer.Argument(metavar="SITE")]
@@ -33,7 +36,7 @@ def skip(context: typer.Context, site: OneSite) -> None:
 
     workspace = find(context.obj)
     with moving(workspace) as engine:
-        version, trouble = planning.skip(engine, site)
+        version, trouble = patiently(partial(planning.skip, engine, site), engine.stop)
     print(f"model {version:04d} will be made without {site}\n-> flctl round, or wait for the next tick")
     if trouble is not None:
         print(f"its job could not be cancelled ({trouble.message}); what it still makes is not merged")
@@ -44,13 +47,30 @@ def cancel(context: typer.Context, site: Site = None) -> None:
     from flctl.campaign import planning
 
     workspace = find(context.obj)
+    targets = planning.open_targets(workspace, site)
+    if site is None:
+        planning.end_plan(workspace)  # first, or a tick could order the next round meanwhile
+    troubles: list[FlctlError] = []
     with moving(workspace) as engine:
-        for run in planning.open_targets(workspace, site):
-            ended = patiently(partial(planning.cancel_run, engine, run), engine.stop)
-            print(f"{ended.site}: run {ended.number:04d} is cancelled")
-        if site is None:
-            planning.end_plan(workspace)
-            print("no plan is open any more")
+        for run in targets:
+            try:
+                patiently(partial(planning.cancel_run, engine, run), engine.stop)
+            except (Interrupted, Locked):
+                raise
+            except FlctlError as error:
+                if site is not None:
+                    raise
+                planning.give_up_run(engine, run)
+                troubles.append(error)
+            print(f"{run.site}: run {run.number:04d} is cancelled")
+    if site is None:
+        print("no plan is open any more")
+    for trouble in troubles:
+        print_error(trouble)
+        print(
+            f"  -> its job may still run at {trouble.site or 'the site'}; what it makes is not merged", file=sys.stderr
+        )
+    raise typer.Exit(exit_code_of([trouble.exit_code for trouble in troubles]))
 
 
 def release(context: typer.Context, site: Site = None) -> None:

@@ -1,6 +1,7 @@
 """The `flctl` program: its commands, its argument expansion, and the one place where errors become exit codes."""
 
 import os
+import signal
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -10,7 +11,7 @@ import typer
 from flctl import __version__
 from flctl.cli import campaign, demo, init, interventions, round, site, status
 from flctl.cli.output import print_error
-from flctl.errors import FlctlError, UsageError
+from flctl.errors import FlctlError, Interrupted, UsageError, defect
 
 app = typer.Typer(
     help="Train one model across several supercomputers: SSH, rsync and the batch queue are all it needs.",
@@ -55,34 +56,42 @@ app.add_typer(campaign.app, name="campaign")
 
 def expand(arguments: list[str]) -> list[str]:
     """The command line as Typer understands it: `--sites a b` and `--sites a,b` become `--sites a --sites b`, up to the
-    next option, and `-C DIR` may stand anywhere."""
-    front: list[str] = []
+    next option, and `-C DIR` may stand anywhere. UsageError for a list without a name in it."""
+    front, words = _hoisted(arguments)
     rest: list[str] = []
-    words = iter(arguments)
-    listing = ""
-    for word in words:
-        if word == "--":
-            rest += [word, *words]
-            break
+    while words:
+        word = words.pop(0)
         name, separator, value = word.partition("=")
-        if word in CAMPAIGN_OPTIONS:
-            front += [word, next(words, "")]
-        elif name in LIST_OPTIONS:
-            listing = name
-            if separator:
-                rest += _listed(name, value)
-        elif word.startswith("-"):
-            listing = ""
+        if word == "--":
+            return [*front, *rest, word, *words]
+        if name not in LIST_OPTIONS:
             rest.append(word)
-        elif listing:
-            rest += _listed(listing, word)
-        else:
-            rest.append(word)
+            continue
+        values = [value] if separator else []
+        while words and not words[0].startswith("-"):
+            values.append(words.pop(0))
+        items = [item for value in values for item in value.split(",") if item]
+        if not items:
+            raise UsageError(f"{name} names nothing", hint=f"{name} a b, {name} a,b or {name} all")
+        rest += [part for item in items for part in (name, item)]
     return front + rest
 
 
-def _listed(option: str, value: str) -> list[str]:
-    return [word for item in value.split(",") if item for word in (option, item)]
+def _hoisted(arguments: list[str]) -> tuple[list[str], list[str]]:
+    """(`-C DIR` wherever it stood before `--`, the rest)."""
+    front: list[str] = []
+    rest: list[str] = []
+    words = iter(arguments)
+    for word in words:
+        if word == "--":
+            rest += [word, *words]
+        elif word in CAMPAIGN_OPTIONS:
+            front += [word, next(words, "")]
+        elif word.startswith("--campaign="):
+            front.append(word)
+        else:
+            rest.append(word)
+    return front, rest
 
 
 def _json_command(arguments: list[str]) -> str:
@@ -96,11 +105,15 @@ def _json_command(arguments: list[str]) -> str:
 def main() -> None:
     """Run flctl; every error ends here as one message and the exit code of the table."""
     os.umask(0o077)
-    os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "__all__")  # none is ours; looking for them costs a start
-    arguments = expand(sys.argv[1:])
+    if sys.stdout is None:  # closed: flctl ... >&-
+        sys.stdout = Path(os.devnull).open("w")  # noqa: SIM115  for as long as we live
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, _interrupted)
+    arguments = sys.argv[1:]
     command = _json_command(arguments)
     try:
-        status = app(arguments, standalone_mode=False, prog_name="flctl")
+        sys.exit(app(expand(arguments), standalone_mode=False, prog_name="flctl") or 0)
     except ClickException as error:
         if type(error).__name__ == "NoArgsIsHelpError":
             print(error.format_message())
@@ -110,13 +123,16 @@ def main() -> None:
     except FlctlError as error:
         sys.exit(print_error(error, command))
     except (KeyboardInterrupt, typer.Abort):
-        sys.exit(130)
+        sys.exit(print_error(Interrupted("interrupted", hint="the same command goes on from here"), command))
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(0)
     except Exception as error:
         sys.exit(_internal(error, command))
-    sys.exit(status or 0)
+
+
+def _interrupted(number: int, frame: object) -> None:
+    raise KeyboardInterrupt
 
 
 def _path_of(error: Exception) -> str:
@@ -126,14 +142,11 @@ def _path_of(error: Exception) -> str:
 
 def _internal(error: Exception, command: str) -> int:
     """A defect: said as one, with where it happened; the whole traceback where FLCTL_DEBUG asks for it."""
-    import traceback
-
     if os.environ.get("FLCTL_DEBUG"):
+        import traceback
+
         traceback.print_exc()
-    where = traceback.extract_tb(error.__traceback__)[-1]
-    message = f"internal error: {type(error).__name__}: {error} ({Path(where.filename).name}:{where.lineno})"
-    hint = "this is a defect of flctl; nothing is lost. FLCTL_DEBUG=1 shows more"
-    return print_error(FlctlError(message, hint=hint), command)
+    return print_error(defect(error), command)
 
 
 if __name__ == "__main__":

@@ -7,12 +7,14 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, NoReturn, TypeVar
 
 from flctl.campaign.workspace import Workspace
+from flctl.cli.output import print_json
 from flctl.errors import CodeSpent, Interrupted
+from flctl.records import Failure
 
 if TYPE_CHECKING:
     from flctl.campaign.engine import Engine
@@ -27,8 +29,11 @@ def find(folder: Path | None) -> Workspace:
 
 
 @contextmanager
-def moving(workspace: Workspace, tell: Callable[[str], None] = lambda line: None) -> "Iterator[Engine]":
-    """An engine for this process. The first Ctrl-C, SIGTERM or SIGHUP stops it in order, the second ends at once."""
+def moving(
+    workspace: Workspace, tell: Callable[[str], None] = lambda line: None, command: str = ""
+) -> "Iterator[Engine]":
+    """An engine for this process. The first Ctrl-C, SIGTERM or SIGHUP stops it in order, the second ends at once; one
+    that was ignored when we began (nohup) stays ignored. `command`: the name of a command that answers with JSON."""
     from flctl.campaign.engine import Engine
 
     stop = threading.Event()
@@ -39,30 +44,43 @@ def moving(workspace: Workspace, tell: Callable[[str], None] = lambda line: None
         stop.set()
         print("\nflctl: stopping; once more to leave at once", file=sys.stderr)
 
-    before = {number: signal.signal(number, interrupt) for number in SIGNALS}
+    heeded = [number for number in SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
+    before = {number: signal.signal(number, interrupt) for number in heeded}
     engine = Engine(workspace=workspace, runtime=Path(tempfile.mkdtemp(prefix="flctl-")), stop=stop, tell=tell)
     try:
         yield engine
     except Interrupted:
         engine.close()
-        leave_interrupted(workspace)
+        leave_interrupted(workspace, command)
     finally:
         engine.close()
         for number, handler in before.items():
             signal.signal(number, handler)
 
 
-def leave_interrupted(workspace: Workspace) -> None:
+def leave_interrupted(workspace: Workspace, command: str) -> None:
     """Say what still runs where, and leave with 130 whatever a thread may still wait for."""
+    if command:
+        from flctl.campaign.report import progress
+
+        error = Failure(code="interrupted", exit_code=130, message="interrupted", hint="the same command goes on")
+        data = progress(workspace, done=False)
+        print_json(command, status="error", exit_code=130, data=data, errors=[("", error)])
     runs = [run for run in workspace.runs() if run.open]
     for run in runs:
         job = f", job {run.job.id}" if run.job.id else ""
         print(f"flctl: {run.site}: run {run.number:04d} is {run.stage}{job}", file=sys.stderr)
     if runs:
         print("  -> jobs at the sites go on; so does flctl round, from here", file=sys.stderr)
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(130)
+    leave(130)
+
+
+def leave(code: int) -> NoReturn:
+    """End the process now, without waiting for a thread that a site keeps waiting."""
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError, ValueError):
+            stream.flush()
+    os._exit(code)
 
 
 def patiently(action: "Callable[[], T]", stop: threading.Event) -> T:

@@ -3,8 +3,9 @@
 import json
 import sys
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO
 
 from flctl.errors import FlctlError
 from flctl.records import Failure
@@ -85,6 +86,12 @@ class Grid:
             "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in cells
         ]
         return [self.title, *lines] if self.title else lines
+
+
+def say(line: str, stream: TextIO | None = None) -> None:
+    """Print a line now. A reader that has gone (`flctl round | head`) must not end what is being done."""
+    with suppress(OSError, ValueError):
+        print(line, file=stream or sys.stdout, flush=True)
 
 
 def console() -> "Console":

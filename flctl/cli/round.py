@@ -3,14 +3,15 @@
 import re
 import sys
 import time
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, TextIO
 
 import typer
 
 from flctl.campaign.workspace import Workspace
-from flctl.cli.moving import find, moving
-from flctl.cli.output import Grid, console, number, print_failures, print_json
+from flctl.cli.moving import find, leave, moving
+from flctl.cli.output import Grid, console, number, print_failures, print_json, say
 from flctl.errors import UsageError
+from flctl.records import Plan
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -40,11 +41,11 @@ def round_(
     if dry_run:
         _print_dry_run(workspace, sites or [], rounds, steps, json)
         return
-    open_plan(workspace, sites or [], rounds, steps)
-    raise typer.Exit(run_round(workspace, limit, json=json))
+    plan = open_plan(workspace, sites or [], rounds, steps)
+    raise typer.Exit(run_round(workspace, plan, limit, json=json))
 
 
-def run_round(workspace: Workspace, wait: float | None, *, json: bool = False) -> int:
+def run_round(workspace: Workspace, plan: Plan, wait: float | None, *, json: bool = False) -> int:
     """Drive the open plan to its end with a view of it. Returns the exit code."""
     from flctl.campaign.report import progress
     from flctl.campaign.rounds import drive
@@ -53,24 +54,26 @@ def run_round(workspace: Workspace, wait: float | None, *, json: bool = False) -
     stream = sys.stderr if json else sys.stdout
     first = workspace.newest_model().version
     lines = View(workspace, stream if not live else None)
-    with moving(workspace, lines.tell) as engine:
+    with moving(workspace, lines.tell, "round" if json else "") as engine:
         lines.engine = engine
         with lines:
-            outcome = drive(engine, wait=wait, pause=engine.stop.wait)
+            outcome = drive(engine, plan, wait=wait, pause=engine.stop.wait)
     if json:
         data = progress(workspace, done=outcome.done)
         print_json("round", status=outcome.status, exit_code=outcome.exit_code, data=data, errors=outcome.errors)
     else:
         _print_end(workspace, outcome, first)
+    if engine.abandoned:
+        leave(outcome.exit_code)
     return outcome.exit_code
 
 
 class View:
     """What `round` shows while it works: a live table on a terminal, a line per change elsewhere."""
 
-    def __init__(self, workspace: Workspace, stream: object) -> None:
+    def __init__(self, workspace: Workspace, stream: TextIO | None) -> None:
         self.workspace = workspace
-        self.stream = stream
+        self.stream = stream or sys.stdout
         self.engine: Engine | None = None
         self._live = None
         if stream is None:
@@ -92,7 +95,7 @@ class View:
         if self._live is not None:
             self._live.console.print(stamped, markup=False)
         else:
-            print(stamped, file=self.stream, flush=True)  # type: ignore[call-overload]
+            say(stamped, self.stream)
 
     def _table(self) -> "Table":
         from flctl.campaign.report import ago, state_of
@@ -137,6 +140,10 @@ def _print_end(workspace: Workspace, outcome: "Outcome", first: int) -> None:
     if grid.rows:
         grid.show()
     print_failures(outcome.errors)
+    if not outcome.done:
+        waits = ", ".join(sorted({run.site for run in workspace.runs() if run.open}))
+        print(f"model {model.version + 1:04d} is not made" + (f"; {waits} not finished" if waits else ""))
+        print("-> flctl round goes on from here" + ("; flctl skip SITE makes it without one" if waits else ""))
     if outcome.done:
         print(f"model {model.version:04d}  sha256 {model.sha256[:16]}  {workspace.model_folder(model.version)}")
 
@@ -158,7 +165,7 @@ def _print_dry_run(workspace: Workspace, sites: list[str], rounds: int | None, s
     print(f"plan: models {plan.first:04d} to {plan.target:04d}, {plan.steps} steps a run, by {', '.join(plan.sites)}")
     for site, script in scripts.items():
         print(f"\n# ---- {site}: job.sh\n{script}", end="")
-    print("\nnothing was written, sent or submitted")
+    print("\nnothing was written, sent or submitted; /_WORK_ and the like are resolved at the first login")
 
 
 def duration(text: str | None) -> float | None:

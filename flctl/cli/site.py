@@ -26,7 +26,7 @@ def test(
     from flctl.campaign.trial import examine, outcome
 
     workspace = find(context.obj)
-    with moving(workspace) as engine:
+    with moving(workspace, command="site test" if json else "") as engine:
         results = [patiently(partial(examine, engine, name), engine.stop) for name in names or workspace.profiles]
     status, code, errors = outcome(results)
     if json:

@@ -9,6 +9,8 @@ from flctl.cli.moving import find
 from flctl.cli.output import Grid, print_json, seconds
 from flctl.records import Run
 
+NOTE_MOST = 60
+
 
 def register(app: typer.Typer) -> None:
     app.command()(status)
@@ -32,12 +34,12 @@ def status(
 
 
 def _print(workspace: Workspace, runs: tuple[Run, ...], data: dict[str, Any], everything: bool) -> None:
-    from flctl.campaign.report import ago, state_of
+    from flctl.campaign.report import ago, failed_runs, state_of
 
     model, plan = data["model"], workspace.plan()
     print(f"campaign {workspace.label} in {workspace.root}")
     print(f"model {model['version']:04d}  sha256 {model['sha256'][:16]}  {model['path']}")
-    if plan is not None:
+    if plan is not None and plan.target > model["version"]:
         print(f"plan: models {plan.first:04d} to {plan.target:04d} by {', '.join(plan.sites)}")
     grid = Grid(("site", "run", "work", "for model", "state", "since", "job", "steps", "queued", "ran", "note"))
     shown = [run for run in runs if everything or run.open or run.order.round >= model["version"]]
@@ -55,10 +57,14 @@ def _print(workspace: Workspace, runs: tuple[Run, ...], data: dict[str, Any], ev
             str(row["steps"] or ""),
             seconds(row["queue_seconds"]),
             seconds(row["train_seconds"]),
-            row["note"],
+            row["note"] if len(row["note"]) <= NOTE_MOST else row["note"][: NOTE_MOST - 3] + "...",
         )
     if shown:
         grid.show()
+    for run in failed_runs(workspace):
+        if run.failure is not None and not run.skipped:
+            print(f"{run.site}: run {run.number:04d} failed: {run.failure.message}")
+            print(f"  -> flctl retry {run.site}, or flctl skip {run.site}")
     contacts = {site: workspace.contact(site) for site in workspace.profiles}
     for site, contact in contacts.items():
         if contact.held is not None:

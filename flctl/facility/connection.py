@@ -265,5 +265,7 @@ def _run(connection: Any, script: str, timeout: float) -> Output:
     result = Bounded(context=connection).run("/bin/sh", hide=True, warn=True, in_stream=False, encoding="utf-8")
     if result.exited < 0:
         late = time.monotonic() >= deadline
-        raise EOFError(f"no answer within {timeout:.0f} s" if late else "the connection ended in the middle of an answer")
+        raise EOFError(
+            f"no answer within {timeout:.0f} s" if late else "the connection ended in the middle of an answer"
+        )
     return Output(status=result.exited, stdout=result.stdout, stderr=result.stderr)

@@ -18,6 +18,9 @@ from flctl.errors import CodeSpent, ConfigurationError
 MARGIN = 3.0
 """Seconds that must be left in a step before its code is sent: it has to arrive and be checked within it."""
 
+GREETING = 2.0
+"""Seconds more that must be left before a connection is made on which the code will be asked for."""
+
 
 Entries = dict[str, Any]
 
@@ -37,9 +40,9 @@ def state_folder() -> Path:
 
 
 def check(key: bytes, period: int, *, now: float | None = None) -> None:
-    """CodeSpent if the code of the present time step is used, or if too little of the step is left."""
+    """CodeSpent if the code of the present time step is used, or if too little of it is left to log in."""
     with _ledger() as (entries, _):
-        _refuse_if_spent(entries, key, period, time.time() if now is None else now)
+        _refuse_if_spent(entries, key, period, time.time() if now is None else now, margin=MARGIN + GREETING)
 
 
 def spend(key: bytes, period: int, *, now: float | None = None) -> int:
@@ -47,14 +50,14 @@ def spend(key: bytes, period: int, *, now: float | None = None) -> int:
     crash can only waste a code, never use one twice. CodeSpent if it is taken already."""
     moment = time.time() if now is None else now
     with _ledger() as (entries, path):
-        _refuse_if_spent(entries, key, period, moment)
+        _refuse_if_spent(entries, key, period, moment, margin=MARGIN)
         step = int(moment // period)
         entries["used_until"][_name(entries, key)] = (step + 1) * period
         _write(path, entries)
         return step
 
 
-def _refuse_if_spent(entries: Entries, key: bytes, period: int, now: float) -> None:
+def _refuse_if_spent(entries: Entries, key: bytes, period: int, now: float, *, margin: float) -> None:
     following = (now // period + 1) * period
     used_until = entries["used_until"].get(_name(entries, key), 0)
     if used_until > now:
@@ -63,7 +66,7 @@ def _refuse_if_spent(entries: Entries, key: bytes, period: int, now: float) -> N
             until=float(used_until),
             hint=f"wait {used_until - now:.0f} s for the next one",
         )
-    if following - now < min(MARGIN, period / 10):
+    if following - now < margin * min(1.0, period / 30):
         raise CodeSpent(
             "the one-time code of this moment is about to expire",
             until=following,

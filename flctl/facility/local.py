@@ -13,7 +13,7 @@ from typing import BinaryIO
 from flctl.errors import Interrupted, SiteUnreachable
 from flctl.facility.connection import OUTPUT_MOST, Output, Progress, Road, program_of
 from flctl.facility.profile import Site
-from flctl.facility.transfer import checked, refusal, sources
+from flctl.facility.transfer import checked, make_private, refusal, sources
 from flctl.records import FileEntry
 
 CHUNK = 4 << 20
@@ -32,7 +32,13 @@ class LocalConnection:
             stdin.write(program_of(script))
             stdin.seek(0)
             child = subprocess.Popen(
-                ["/bin/sh"], stdin=stdin, stdout=out, stderr=err, start_new_session=True, cwd=_home()
+                ["/bin/sh"],
+                stdin=stdin,
+                stdout=out,
+                stderr=err,
+                env=_environment(),
+                start_new_session=True,
+                cwd=_home(),
             )
             try:
                 status = child.wait(timeout=timeout)
@@ -67,8 +73,7 @@ class LocalConnection:
         for name, size in sizes.items():
             final = target / name
             try:
-                for folder in reversed([parent for parent in final.parents if not parent.exists()]):
-                    folder.mkdir(mode=0o700, exist_ok=True)
+                make_private(final.parent)
                 with _regular(source / name) as reader:
                     if os.fstat(reader.fileno()).st_size != size:
                         raise OSError(None, "it has not the recorded size")
@@ -106,6 +111,12 @@ def _regular(path: Path) -> BinaryIO:
         stream.close()
         raise OSError(None, "it is not a regular file")
     return stream
+
+
+def _environment() -> dict[str, str]:
+    """What a login here would have. Jobs inherit it, and nothing else that happens to be in our environment."""
+    plain = ("PATH", "HOME", "USER", "LOGNAME", "SHELL", "LANG", "TMPDIR", "TZ")
+    return {name: value for name, value in os.environ.items() if name in plain or name.startswith("LC_")}
 
 
 def _home() -> Path:

@@ -103,7 +103,7 @@ def reach(site: Site, place: Place, known_hosts: Path) -> Wire:
 
 def _greet(site: Site, place: Place, known_hosts: Path) -> Wire:
     """Connected, with an encrypted channel; whose it is has not been looked at."""
-    link = _dial(site, place, known_hosts)
+    link, wire = _dial(site, place, known_hosts), None
     try:
         wire = Wire(link, default_window_size=WINDOW)
         wire.banner_timeout = wire.handshake_timeout = CONNECT_TIMEOUT
@@ -113,7 +113,12 @@ def _greet(site: Site, place: Place, known_hosts: Path) -> Wire:
         options.ciphers = [name for name in CIPHERS if name in options.ciphers]
         options.key_types = _ordered(options.key_types, hostkeys.kinds_on_file(site, place, known_hosts))
         wire.start_client(timeout=CONNECT_TIMEOUT)
+        # When its time is over, start_client returns as if all were well.
+        if not wire.initial_kex_done:
+            raise EOFError("it did not answer in time")
     except BaseException as error:
+        if wire is not None:
+            wire.close()
         link.close()
         if isinstance(error, (paramiko.SSHException, EOFError, OSError)):
             raise unreachable(site, place, error) from error

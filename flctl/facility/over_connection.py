@@ -32,14 +32,20 @@ class OverConnection:
     def __init__(self, site: Site, road: "Road", wire: "paramiko.Transport") -> None:
         self.site, self.road, self.lock_fds, self._wire = site, road, road.lock_fds, wire
         self._folder = socket_folder(road.runtime)
+        self._channel: Any = None
         self._problem = ""
 
     @contextlib.contextmanager
     def open(self) -> Iterator[Shell]:
-        address, self._problem = self._folder / "bridge", ""
+        address, self._channel, self._problem = self._folder / "bridge", None, ""
         with listening(address, self._carry):
             script = Path(__file__).with_name("bridge.py")
-            yield Shell(argv=[sys.executable, "-I", str(script), str(address)], host="site", environment={})
+            try:
+                yield Shell(argv=[sys.executable, "-I", str(script), str(address)], host="site", environment={})
+            finally:
+                # Our rsync is gone: so goes the other one, even if the site has fallen silent.
+                if self._channel is not None:
+                    self._channel.close()
 
     def explain(self, status: int, words: str) -> FlctlError | None:
         if self._wire.is_active() and not self._problem:
@@ -65,7 +71,7 @@ class OverConnection:
         status = 255
         try:
             command = b"".join(iter(lambda: link.recv(65536), b""))
-            channel = open_session(self._wire)
+            self._channel = channel = open_session(self._wire)
             try:
                 channel.exec_command(command)
                 reader = threading.Thread(target=_up, args=(streams[0], channel), daemon=True)
@@ -94,14 +100,14 @@ def _exchange(channel: Any, reader: threading.Thread, streams: list[io.FileIO]) 
 
 
 def _up(stream: io.FileIO, channel: Any) -> None:
-    with contextlib.suppress(OSError, EOFError):
+    with contextlib.suppress(OSError, EOFError, ValueError):
         while data := os.read(stream.fileno(), CHUNK):
             channel.sendall(data)
         channel.shutdown_write()
 
 
 def _down(receive: Callable[[int], bytes], stream: io.FileIO) -> None:
-    with contextlib.suppress(OSError, EOFError):
+    with contextlib.suppress(OSError, EOFError, ValueError):
         while data := receive(CHUNK):
             view = memoryview(data)
             while view:

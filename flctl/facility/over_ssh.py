@@ -75,9 +75,9 @@ class OverSsh:
             except (SiteUnreachable, LoginNeeded, HostKeyRefused):
                 raise
             except FlctlError:
-                self._count()
+                self._note_login()
                 raise
-        self._count()
+        self._note_login()
 
     def explain(self, status: int, words: str) -> FlctlError | None:
         if self.refusal is not None:
@@ -95,6 +95,10 @@ class OverSsh:
                 site=self.site.name,
             )
         return None
+
+    def _note_login(self) -> None:
+        for _ in ("jump host", "host") if self.site.login.jump else ("host",):
+            self._count()
 
     def close(self) -> None:
         if self._lifeline is not None:
@@ -133,7 +137,7 @@ class OverSsh:
             words = errors.read(65536).decode("utf-8", "replace")
         if status != 0:
             raise self.explain(status, words) or unreachable(self.site, self._place, OSError(printable(words)))
-        self._count()
+        self._note_login()
         self._lifeline = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         self._lifeline.connect(str(self._folder / f"ssh{self._masters}"))
 

@@ -51,7 +51,7 @@ def socket_folder(runtime: Path) -> Path:
     """A private folder whose path is short enough for sockets."""
     if len(os.fsencode(runtime)) <= LONGEST_FOLDER:
         return runtime
-    return Path(tempfile.mkdtemp(prefix="flctl-", dir="/tmp"))
+    return Path(tempfile.mkdtemp(prefix="flctl-sockets-", dir="/tmp"))
 
 
 def remove(folder: Path, runtime: Path) -> None:

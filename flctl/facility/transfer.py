@@ -30,17 +30,22 @@ if TYPE_CHECKING:
 PARTIAL = ".flctl-partial"
 """Where rsync keeps the beginning of an interrupted file, within the target folder, to go on from there."""
 
+INCOMING = ".flctl-incoming"
+"""Where pulled files land within the target folder until they have been looked at: an older rsync than 3.2.5 lets a
+site send files that nobody asked for."""
+
 IDLE_TIMEOUT = 600
 """Seconds without any data after which rsync gives up; a dead peer is noticed sooner, by ssh or by our connection."""
 
 PATIENCE = 5.0
 
 _OPTIONS = (
-    *("--no-links", "--no-devices", "--no-specials", "--ignore-times", "--from0", "--files-from=-"),
+    *("--no-dirs", "--no-links", "--no-devices", "--no-specials", "--ignore-times", "--from0", "--files-from=-"),
     *("--no-human-readable", "--info=progress2", f"--partial-dir={PARTIAL}", f"--timeout={IDLE_TIMEOUT}"),
     "--chmod=Du=rwx,Dgo=,Fu=rw,Fgo=",
 )
 """No --whole-file: for a new file it changes nothing, and with it a partial file would be sent again from its start.
+--no-dirs: --files-from alone accepts whatever a site puts below a name that is a folder there.
 Never -a, -r, -L, --append or --inplace."""
 
 
@@ -92,22 +97,41 @@ def pull(
     checked(carrier.site, [entry.path for entry in files])
     if not files:
         return
-    target.mkdir(mode=0o700, parents=True, exist_ok=True)
-    _sweep(target, files)
+    incoming = target / INCOMING
+    make_private(incoming)
+    _sweep(incoming, files)
     most = max(entry.size for entry in files)
     options = [f"--max-size={most}b", *_option_for(source)]
-    with carrier.open() as shell:
-        argv = [f"{shell.host}:{source}/", f"{target}/"]
-        _rsync(carrier, shell, argv, options, [entry.path for entry in files], progress, ours=True, most=most)
-    for entry in files:
-        _arrived(carrier.site, target / entry.path, entry)
+    names = [entry.path for entry in files]
+    try:
+        with carrier.open() as shell:
+            argv = [f"{shell.host}:{source}/", f"{incoming}/"]
+            _rsync(carrier, shell, argv, options, names, progress, ours=True, most=most)
+    finally:
+        # rsync gives a file its name when it is whole: what came before an interruption need not come again.
+        missing = [(entry, why) for entry in files if (why := _arrived(incoming, target, entry))]
+        if not missing:
+            shutil.rmtree(incoming, ignore_errors=True)
+    # What is left there by an rsync that says that all went well is nothing that was asked for.
+    shutil.rmtree(incoming, ignore_errors=True)
+    for entry, why in missing:
+        raise TransferFailed(
+            f"{printable(entry.path)} did not arrive: {why}",
+            hint="it is fetched again at the next contact",
+            site=carrier.site.name,
+        )
 
 
 def checked(site: Site, names: Sequence[str]) -> None:
     """TransferFailed if a name is not a plain path below a folder."""
     for name in names:
         parts = name.split("/")
-        if not name or "\0" in name or any(part in ("", ".", "..") for part in parts) or parts[0] == PARTIAL:
+        if (
+            not name
+            or "\0" in name
+            or any(part in ("", ".", "..") for part in parts)
+            or parts[0] in (PARTIAL, INCOMING)
+        ):
             raise TransferFailed(
                 f"{printable(name)!r} is not the name of a file within a folder",
                 hint="only files below the folder itself are moved",
@@ -127,6 +151,12 @@ def sources(site: Site, folder: Path, names: Sequence[str]) -> dict[str, int]:
             raise TransferFailed(f"{path} {what}", hint="it was changed while flctl worked on it", site=site.name)
         sizes[name] = found.st_size
     return sizes
+
+
+def make_private(folder: Path) -> None:
+    """Make a folder and its parents where they do not exist, open to nobody else."""
+    for missing in reversed([path for path in (folder, *folder.parents) if not path.exists()]):
+        missing.mkdir(mode=0o700, exist_ok=True)
 
 
 def refusal(site: Site, words: str, what: str, *, ours: bool) -> FlctlError:
@@ -154,7 +184,7 @@ def _rsync(
     argv = [rsync_program(), *_OPTIONS, *options, "-e", remote_shell, "--", *ends]
     if most is not None:
         # The sender may lie about the size of a file; the kernel does not.
-        argv = ["/bin/sh", "-c", f'ulimit -f {most // 512 + 1} && exec "$@"', "sh", *argv]
+        argv = ["/bin/sh", "-c", f'ulimit -f {most // 512 + 1} 2>/dev/null; exec "$@"', "sh", *argv]
     with tempfile.TemporaryFile() as listing, tempfile.TemporaryFile() as errors:
         # "./" because rsync takes a name that begins with # or ; for a comment.
         listing.write(b"".join(b"./" + os.fsencode(name) + b"\0" for name in names))
@@ -237,21 +267,22 @@ def _meaning(site: Site, status: int, words: str, *, ours: bool) -> FlctlError:
     return refusal(site, said, "rsync failed", ours=ours)
 
 
-def _arrived(site: Site, path: Path, entry: FileEntry) -> None:
+def _arrived(incoming: Path, target: Path, entry: FileEntry) -> str:
+    """Move a file that came to its place if it is what was asked for; else why it is not."""
+    path, final = incoming / entry.path, target / entry.path
     try:
         with os.fdopen(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as stream:
             found = os.fstat(stream.fileno())
-            if stat.S_ISREG(found.st_mode) and found.st_nlink == 1 and found.st_size == entry.size:
-                os.fsync(stream.fileno())
-                return
-            what = f"it is {found.st_size:,} bytes here and {entry.size:,} in the record"
+            if not stat.S_ISREG(found.st_mode) or found.st_nlink != 1:
+                return "what came is not a regular file"
+            if found.st_size != entry.size:
+                return f"it is {found.st_size:,} bytes here and {entry.size:,} in the record"
+            os.fsync(stream.fileno())
+        make_private(final.parent)
+        path.rename(final)
     except OSError:
-        what = "nothing came: there it is missing, a link, not a regular file, or larger than in the record"
-    raise TransferFailed(
-        f"{printable(entry.path)} did not arrive: {what}",
-        hint="it is fetched again at the next contact",
-        site=site.name,
-    )
+        return "there it is missing, a link, not a regular file, or larger than in the record"
+    return ""
 
 
 def _sweep(target: Path, files: Sequence[FileEntry]) -> None:

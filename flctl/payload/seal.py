@@ -23,6 +23,7 @@ SCHEMA = 1
 NOT_OWNER = 75
 WRONG_BASE = 76
 CHUNK = 1 << 20
+METRICS_MOST = 1 << 18
 
 
 def sha256_of(path):
@@ -181,7 +182,7 @@ def environment(options, order, model, subjects, began):
 
 
 def last_error(run):
-    """The last line of the job's log that says error, for the record's reason."""
+    """The last line of the job's log that is meant for the record. Others stay at the site: they may quote data."""
     try:
         with open(os.path.join(run, "log"), "rb") as file:
             file.seek(max(0, os.path.getsize(file.name) - 65536))
@@ -189,9 +190,19 @@ def last_error(run):
     except OSError:
         return ""
     for line in reversed(lines):
-        if re.search(r"\berror\b", line, re.IGNORECASE):
+        if re.match(r"(train\.py|flctl): error: ", line):
             return "".join(c for c in line if c.isprintable())[:300]
     return ""
+
+
+def only_numbers(value, depth=0):
+    """What of metrics may leave the site: numbers by name, and short plain words such as a device's; never text."""
+    if isinstance(value, dict) and depth < 6:
+        kept = {k: only_numbers(v, depth + 1) for k, v in value.items() if re.match(r"^[\w./:-]{1,80}$", str(k))}
+        return {k: v for k, v in kept.items() if v is not None}
+    if isinstance(value, (bool, int, float)):
+        return value
+    return value if isinstance(value, str) and re.match(r"^[A-Za-z0-9:._-]{1,40}$", value) else None
 
 
 def judge(options, order, metrics, files):
@@ -207,6 +218,8 @@ def judge(options, order, metrics, files):
         return "the program exited with status %d%s" % (options.status, ": " + said if said else "")
     if not isinstance(metrics, dict):
         return "the program wrote no metrics.json"
+    if len(json.dumps(metrics)) > METRICS_MOST:
+        return "metrics.json holds more than %d bytes of numbers" % METRICS_MOST
     if order["work"] == "train":
         if not any(entry["path"].endswith(".safetensors") for entry in files):
             return "the program wrote no safetensors"
@@ -225,7 +238,7 @@ def finish(options):
         return 0
     order = read_json(os.path.join(options.run, "order.json"))
     out = os.path.join(options.run, "out")
-    metrics = read_json(os.path.join(out, "metrics.json"))
+    metrics = only_numbers(read_json(os.path.join(out, "metrics.json")))
     files = [] if options.status != 0 or options.signal else files_below(out)
     reason = judge(options, order, metrics, files)
     counts = metrics if isinstance(metrics, dict) else {}

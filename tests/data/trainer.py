@@ -21,7 +21,7 @@ if order["work"] == "evaluate":
     (out / "metrics.json").write_text(json.dumps({"evaluation": scores, "seconds": 0.1, "device": "cpu"}))
     sys.exit(0)
 if behave == "fail":
-    print("trainer: error: the data is spoilt", flush=True)
+    print("flctl: error: the data is spoilt", flush=True)
     sys.exit(3)
 if behave == "hang":
     time.sleep(3600)

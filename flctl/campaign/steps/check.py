@@ -14,6 +14,9 @@ from flctl.facility.scheduler import QueryFailed, Seen
 from flctl.facility.shell import Answer, quote, read_file
 from flctl.records import Run, Stage
 
+RECORDS = (("id", "job.id"), ("err", "claim/err"), ("owner", "owner"), ("done", "done.json"))
+"""What is read of an attempt at each look, by the name of the command that reads it."""
+
 
 def check(session: Session, runs: list[Run]) -> list[Run]:
     """All submitted runs of a site, judged after one look: one query of the scheduler, and each attempt's records."""
@@ -25,9 +28,10 @@ def check(session: Session, runs: list[Run]) -> list[Run]:
         commands["accounting"] = accounting
     for run in runs:
         folder = remote_folder(session, run)
-        for name, path in (("id", "job.id"), ("err", "claim/err"), ("at", "claim/at"), ("owner", "owner")):
+        for name, path in RECORDS:
             commands[f"{name}{run.number}"] = read_file(folder / path)
-        commands[f"done{run.number}"] = read_file(folder / "done.json")
+        # The claim's own time where whoever made it was cut off before it wrote one.
+        commands[f"at{run.number}"] = f"grep . {quote(folder / 'claim/at')} || stat -c %Y {quote(folder / 'claim')}"
     answers = session.ask(commands)
     seen = _listing(session, answers)
     poll, now = session.site.poll, time.time()
@@ -36,8 +40,8 @@ def check(session: Session, runs: list[Run]) -> list[Run]:
         evidence = _evidence(session, run, answers, seen)
         verdict = judge(run, evidence, now=now, absence=poll.absence, window=poll.claim_window)
         if verdict.revoke:
-            verdict = revoke(session, run, verdict)
-        judged.append(_apply(session, run, verdict, answers[f"done{run.number}"]))
+            verdict = revoke(session, run, verdict, answers)
+        judged.append(_apply(session, run, verdict, answers))
     return judged
 
 
@@ -63,21 +67,25 @@ def _evidence(session: Session, run: Run, answers: dict[str, Answer], seen: tupl
         answer = answers[f"{name}{run.number}"]
         return answer.stdout if answer.status == 0 else ""
 
-    claimed_at = float(text("at")) if text("at").strip().isdigit() else None
+    def moment(text: str) -> float | None:
+        return float(text) if text.strip().isdigit() else None
+
+    now, claimed_at = moment(answers["now"].stdout), moment(text("at"))
     return Evidence(
         seen=seen,
         job_id=session.scheduler.job_id(text("id")),
         refusal=session.scheduler.refusal(text("err")) if text("err") else None,
         base_sha256=session.workspace.model_record(run.order.base)["sha256"],
-        claim_age=float(answers["now"].stdout) - claimed_at if claimed_at else None,
+        claim_age=now - claimed_at if now is not None and claimed_at is not None else None,
         claimed_at=claimed_at,
         owner=_object(text("owner")),
         done=_object(text("done")),
     )
 
 
-def revoke(session: Session, run: Run, verdict: Verdict) -> Verdict:
-    """Take the attempt's owner so that nothing of it can start any more, cancel by name, and judge what is left."""
+def revoke(session: Session, run: Run, verdict: Verdict, looked: dict[str, Answer]) -> Verdict:
+    """Take the attempt's owner so that nothing of it can start any more, cancel by name, and judge what is left. What
+    is read anew takes its place in `looked`."""
     folder = remote_folder(session, run)
     seal = f"{quote(session.site.environment.seal_python)} {quote(session.payload / 'seal.py')}"
     answers = session.ask(
@@ -94,6 +102,7 @@ def revoke(session: Session, run: Run, verdict: Verdict) -> Verdict:
             hint=f"is {session.site.environment.seal_python} a Python 3.6 or newer on the login host?",
             site=run.site,
         )
+    looked[f"owner{run.number}"], looked[f"done{run.number}"] = answers["owner"], answers["done"]
     base = session.workspace.model_record(run.order.base)["sha256"]
     return after_revoking(run, verdict.job, owner, _object(answers["done"].stdout), base, verdict.refusal)
 
@@ -117,11 +126,16 @@ def cancel(session: Session, run: Run) -> None:
             )
 
 
-def _apply(session: Session, run: Run, verdict: Verdict, done: Answer) -> Run:
-    """The run as judged; its completion record is kept at home once it counted."""
+def _apply(session: Session, run: Run, verdict: Verdict, answers: dict[str, Answer]) -> Run:
+    """The run as judged; what was read of its attempt is journaled when it changed the run's stage."""
+    if verdict.stage != run.stage:
+        for name, path in RECORDS:
+            answer = answers[f"{name}{run.number}"]
+            if answer.status == 0 and answer.stdout:
+                session.note_read(remote_folder(session, run) / path, answer.stdout)
+    done = answers[f"done{run.number}"]
     if verdict.stage in (Stage.ENDED, Stage.FAILED) and done.status == 0:
         write_atomic(session.workspace.attempt_folder(run) / "done.json", done.stdout.encode())
-        session.note_read(remote_folder(session, run) / "done.json", done.stdout)
     return replace(
         run,
         stage=verdict.stage,

@@ -3,16 +3,16 @@
 import json
 from dataclasses import replace
 from hashlib import sha256
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 from flctl.campaign import shipped
 from flctl.campaign.config import Configuration
-from flctl.campaign.session import Session
+from flctl.campaign.session import Place, Session
 from flctl.campaign.steps.attempt import attempt_name, remote_folder
 from flctl.campaign.workspace import write_atomic
 from flctl.errors import ConfigurationError, TransferFailed
 from flctl.facility.script import job_script
-from flctl.facility.shell import MISSING, Answer, quote, read_file
+from flctl.facility.shell import MISSING, Answer, read_file
 from flctl.records import FileEntry, Order, Run, Stage, Subject, Work, from_data, seed_of, to_data
 
 
@@ -22,15 +22,13 @@ def deliver(session: Session, run: Run, configuration: Configuration) -> Run:
     target = remote_folder(session, run)
     write_atomic(folder / "job.sh", render_job(session, run).encode())
     write_atomic(folder / "order.json", order_json(session, run, configuration))
-    places = _model_places(session, run)
-    commands = {f"p{index}": f"test -d {quote(place)}" for index, (_, _, place) in enumerate(places)}
-    answers = session.ask(commands | {"order": read_file(target / "order.json")})
-    for index, (source, files, place) in enumerate(places):
-        if answers[f"p{index}"].status != 0:
-            session.place(source, files, place)
+    # A second attempt trusts nothing: the first may have failed because something there is not what it was.
+    session.place_all(_model_places(session, run), hashed=run.attempt > 1)
+    answers = session.ask({"order": read_file(target / "order.json")})
     if answers["order"].status == MISSING:
-        session.place(folder, [entry_of(folder / name) for name in ("job.sh", "order.json")], target)
+        session.place(folder, [entry_of(folder / name) for name in ("job.sh", "order.json")], target, aside=False)
         return replace(run, stage=Stage.DELIVERED)
+    session.note_read(target / "order.json", answers["order"].stdout)
     return replace(_adopt(run, answers["order"]), stage=Stage.DELIVERED)
 
 
@@ -83,11 +81,11 @@ def order_json(session: Session, run: Run, configuration: Configuration) -> byte
     return (json.dumps(data, indent=1, ensure_ascii=False, sort_keys=True) + "\n").encode()
 
 
-def _model_places(session: Session, run: Run) -> list[tuple[Path, tuple[FileEntry, ...], PurePosixPath]]:
+def _model_places(session: Session, run: Run) -> list[Place]:
     """(local folder, its files, place at the site) of every model the run needs."""
     workspace = session.workspace
     names = [subject.name for subject in run.order.subjects] or [f"{run.order.base:04d}"]
-    places = []
+    places: list[Place] = []
     for name in names:
         if name.isdigit():
             source, files = workspace.model_folder(int(name)), workspace.model_record(int(name))["files"]

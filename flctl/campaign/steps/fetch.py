@@ -1,5 +1,6 @@
 """Owns fetching: what the record names, of the kinds and within the size allowed, verified, and through the gates."""
 
+import os
 import re
 import shutil
 from dataclasses import replace
@@ -63,7 +64,7 @@ def _allowed(
     if size > limit:
         raise BudgetRefused(
             f"run {attempt_name(run)} would bring {size:,} bytes; [fetch] size_factor allows {limit:,.0f}",
-            hint=f"raise it if that is right, then flctl retry {run.site}",
+            hint="raise it in flctl.toml if that is right, then flctl round",
             site=run.site,
         )
     return chosen
@@ -78,3 +79,5 @@ def carry(base: Path, folder: Path) -> None:
         if not name.endswith(".index.json") and not (folder / name).exists():
             (folder / name).parent.mkdir(mode=0o700, parents=True, exist_ok=True)
             shutil.copyfile(base / name, folder / name)
+            with (folder / name).open("rb") as file:
+                os.fsync(file.fileno())

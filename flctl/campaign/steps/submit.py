@@ -2,8 +2,9 @@
 
 from dataclasses import replace
 
-from flctl.campaign.session import Session
+from flctl.campaign.session import Session, clean
 from flctl.campaign.steps.attempt import remote_folder
+from flctl.errors import TransferFailed
 from flctl.facility.shell import quote, read_file
 from flctl.records import Run, Stage
 
@@ -16,7 +17,7 @@ def submit(session: Session, run: Run) -> Run:
     folder = remote_folder(session, run)
     command = (
         f"cd {quote(folder)} || exit 45\n"
-        "mkdir claim 2>/dev/null || exit 0\n"
+        "mkdir claim || { test -d claim && exit 0; exit 47; }\n"
         "date +%s >claim/at\n"
         f"{session.scheduler.submit(str(folder / 'job.sh'), run.job.token)} >claim/out 2>claim/err || exit 0\n"
         "test -s claim/out && mv claim/out job.id"
@@ -24,5 +25,13 @@ def submit(session: Session, run: Run) -> Run:
     answers = session.ask({"submit": command, "id": read_file(folder / "job.id")}, timeout=SUBMIT_TIMEOUT)
     if answers["submit"].status == 45:
         return replace(run, stage=Stage.ORDERED)
+    if answers["submit"].status == 47:
+        raise TransferFailed(
+            f"the attempt could not be claimed in {folder}: {clean(answers['submit'].stderr)}",
+            hint="see the site's free space and quota; it is tried again at the next contact",
+            site=run.site,
+        )
+    if answers["id"].status == 0:
+        session.note_read(folder / "job.id", answers["id"].stdout)
     job_id = session.scheduler.job_id(answers["id"].stdout) if answers["id"].status == 0 else None
     return replace(run, stage=Stage.QUEUED if job_id else Stage.CLAIMED, job=replace(run.job, id=job_id))
