@@ -181,10 +181,16 @@ def test_init_fills_the_empty_folder_one_stands_in(campaign: Campaign) -> None:
     shown = campaign.flctl("round", "--dry-run", at=place)
     assert shown.returncode == 3, "user and account are not filled in"
     path = place / "sites" / "leonardo.toml"
-    path.write_text(path.read_text().replace('user = ""', 'user = "me"').replace('account = ""', 'account = "acc"'))
+    path.write_text(
+        path.read_text()
+        .replace('user = ""', 'user = "me"')
+        .replace('account = ""', 'account = "acc"')
+        .replace('data = ""', 'data = "$WORK/it"')
+    )
     shown = campaign.flctl("round", "--dry-run", at=place)
     assert shown.returncode == 0, shown.stderr
     assert "/_WORK_/" in shown.stdout
+    assert 'name = "muj-prvni"' in (place / "flctl.toml").read_text()
     assert not (place / "plan.json").exists()
 
 

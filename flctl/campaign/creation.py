@@ -1,7 +1,9 @@
 """Owns the making of a campaign folder."""
 
 import os
+import re
 import shutil
+import unicodedata
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -84,8 +86,8 @@ def create(
 
 def _name_of(folder: Path) -> str:
     """The campaign's name from its folder's: lower-case letters, digits and dashes."""
-    name = "".join(c if c.isascii() and c.isalnum() else "-" for c in folder.resolve().name.lower()).strip("-")
-    return name[:40].strip("-") or "campaign"
+    plain = unicodedata.normalize("NFKD", folder.name.lower()).encode("ascii", "ignore").decode()
+    return re.sub(r"[^a-z0-9]+", "-", plain)[:40].strip("-") or "campaign"
 
 
 def _fill(
