@@ -10,6 +10,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy
+from safetensors.numpy import load_file
+
 TRAINER = Path(__file__).parent / "data" / "trainer.py"
 
 PROFILE = """\
@@ -156,3 +159,17 @@ def make_model(folder: Path) -> None:
     from flctl.model.tiny import write_tiny_model
 
     write_tiny_model(folder, seed=1)
+
+
+def reference(place: Path, version: int) -> dict[str, numpy.ndarray]:
+    """FedAvg in numpy from the fetched contributions of the campaign in `place`, as the documentation writes it."""
+    record = json.loads((place / "models" / f"{version:04d}" / "flctl.json").read_text())
+    given = sorted(record["contributions"], key=lambda item: (item["site"], item["number"]))
+    total = sum(item["samples"] for item in given)
+    sums: dict[str, numpy.ndarray] = {}
+    for item in given:
+        share = numpy.float32(numpy.float64(item["samples"]) / numpy.float64(total))
+        folder = place / "runs" / item["site"] / f"{item['number']:04d}" / str(item["attempt"]) / "out"
+        for name, tensor in load_file(folder / "model.safetensors").items():
+            sums[name] = sums.get(name, numpy.float32(0)) + share * tensor
+    return sums

@@ -8,30 +8,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy
 import pytest
 from safetensors.numpy import load_file
 
-from tests.campaigns import Campaign
+from tests.campaigns import Campaign, reference
 
 
 @pytest.fixture
 def campaign(tmp_path: Path) -> Campaign:
     return Campaign(tmp_path)
-
-
-def reference(campaign: Campaign, version: int) -> dict[str, numpy.ndarray]:
-    """FedAvg in numpy from the fetched contributions, as the documentation writes it."""
-    record = json.loads((campaign.place / "models" / f"{version:04d}" / "flctl.json").read_text())
-    given = sorted(record["contributions"], key=lambda item: (item["site"], item["number"]))
-    total = sum(item["samples"] for item in given)
-    sums: dict[str, numpy.ndarray] = {}
-    for item in given:
-        share = numpy.float32(numpy.float64(item["samples"]) / numpy.float64(total))
-        folder = campaign.place / "runs" / item["site"] / f"{item['number']:04d}" / str(item["attempt"]) / "out"
-        for name, tensor in load_file(folder / "model.safetensors").items():
-            sums[name] = sums.get(name, numpy.float32(0)) + share * tensor
-    return sums
 
 
 def test_two_rounds_make_the_models_that_numpy_makes(campaign: Campaign) -> None:
@@ -41,7 +26,7 @@ def test_two_rounds_make_the_models_that_numpy_makes(campaign: Campaign) -> None
     assert answer["data"]["model"]["version"] == 2
     for version in (1, 2):
         made = load_file(campaign.place / "models" / f"{version:04d}" / "model.safetensors")
-        expected = reference(campaign, version)
+        expected = reference(campaign.place, version)
         assert made.keys() == expected.keys()
         for name, tensor in made.items():
             assert tensor.tobytes() == expected[name].tobytes(), name
@@ -271,7 +256,7 @@ def test_killed_in_any_stage_a_round_goes_on_and_submits_once(campaign: Campaign
         assert campaign.attempts(site) == ["0001-1"]
         assert campaign.submissions(site) == 1
     made = load_file(campaign.place / "models" / "0001" / "model.safetensors")
-    assert all(made[name].tobytes() == tensor.tobytes() for name, tensor in reference(campaign, 1).items())
+    assert all(made[name].tobytes() == tensor.tobytes() for name, tensor in reference(campaign.place, 1).items())
 
 
 def test_a_rolled_back_folder_meets_its_own_claims(campaign: Campaign) -> None:

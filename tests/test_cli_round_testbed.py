@@ -1,7 +1,6 @@
 """The main job on two real facilities: sshd with one-time codes, Slurm, rsync, transformers; an unprivileged user."""
 
 import contextlib
-import json
 import os
 import re
 import shutil
@@ -14,6 +13,7 @@ import numpy
 import pytest
 from safetensors.numpy import load_file
 
+from tests.campaigns import reference
 from tests.federation import SITES, Federation
 from tests.testbed import Testbed
 
@@ -25,20 +25,6 @@ def bed(testbed: Testbed) -> Iterator[Testbed]:
     testbed.reset()
     yield testbed
     testbed.user.end_processes()
-
-
-def reference(federation: Federation, version: int) -> dict[str, numpy.ndarray]:
-    """FedAvg from the fetched contributions, in numpy, as the documentation writes it."""
-    record = json.loads((federation.place / "models" / f"{version:04d}" / "flctl.json").read_text())
-    given = sorted(record["contributions"], key=lambda item: (item["site"], item["number"]))
-    total = sum(item["samples"] for item in given)
-    sums: dict[str, numpy.ndarray] = {}
-    for item in given:
-        share = numpy.float32(numpy.float64(item["samples"]) / numpy.float64(total))
-        folder = federation.place / "runs" / item["site"] / f"{item['number']:04d}" / str(item["attempt"]) / "out"
-        for name, tensor in load_file(folder / "model.safetensors").items():
-            sums[name] = sums.get(name, numpy.float32(0)) + share * tensor
-    return sums
 
 
 def equal_bits(made: dict[str, numpy.ndarray], expected: dict[str, numpy.ndarray]) -> bool:
@@ -63,7 +49,7 @@ def test_two_rounds_across_two_facilities(bed: Testbed) -> None:
         assert {slurm[job] for job in jobs} <= {"COMPLETED", "COMPLETING"}
     for version in (1, 2):
         made = load_file(federation.place / "models" / f"{version:04d}" / "model.safetensors")
-        assert equal_bits(made, reference(federation, version))
+        assert equal_bits(made, reference(federation.place, version))
     for site in SITES:
         first, second = (federation.run(site, n)["contribution"]["metrics"]["evaluation"]["base"] for n in (1, 2))
         assert second["perplexity"] < 0.7 * first["perplexity"], site
@@ -104,7 +90,7 @@ def test_ticks_alone_from_a_bare_environment(bed: Testbed) -> None:
     assert federation.bare("status")["data"]["model"]["version"] == 2
     for version in (1, 2):
         made = load_file(federation.place / "models" / f"{version:04d}" / "model.safetensors")
-        assert equal_bits(made, reference(federation, version))
+        assert equal_bits(made, reference(federation.place, version))
     assert [federation.jobs_started(site) for site in SITES] == [2, 2]
 
 
@@ -218,7 +204,7 @@ def test_killed_in_any_stage_the_round_completes_and_each_job_was_submitted_once
         assert len(set(bed.facilities[site].slurm.jobs()) - before[site]) == 1
         assert federation.jobs_started(site) == 1
     made = load_file(federation.place / "models" / "0001" / "model.safetensors")
-    assert equal_bits(made, reference(federation, 1))
+    assert equal_bits(made, reference(federation.place, 1))
 
 
 def test_an_unknown_host_is_refused_until_a_person_trusts_its_key(bed: Testbed) -> None:

@@ -14,13 +14,13 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from flctl.campaign import contacts, steps
+from flctl.campaign.access import Access
 from flctl.campaign.config import Configuration, load_configuration, load_profile
 from flctl.campaign.contacts import failure_of
 from flctl.campaign.merging import merge_model
-from flctl.campaign.session import Session, open_session
+from flctl.campaign.session import Session
 from flctl.campaign.workspace import Workspace
-from flctl.errors import CodeSpent, FlctlError, Interrupted, Locked, LoginNeeded, defect
-from flctl.facility.connection import Connection, Road, connect
+from flctl.errors import CodeSpent, FlctlError, Interrupted, Locked, defect
 from flctl.facility.profile import Site
 from flctl.policy import POLICIES, Decision, View
 from flctl.records import Failure, Job, Merge, Order, Run, Stage, Work, token_of
@@ -43,19 +43,20 @@ class Doing:
 class Engine:
     """Moves one campaign in this process. `stop` set: no new step begins, our rsync ends, Interrupted is raised.
     `errors`: what went wrong in this process, by site. `stays`: this process comes back to its connections.
-    `equipped`: sites whose payload was seen to be whole. `abandoned`: a thread still waits for a site although it was
-    told to stop. `tell` hears each change as a line."""
+    `abandoned`: a thread still waits for a site although it was told to stop. `tell` hears each change as a line."""
 
     workspace: Workspace
     runtime: Path
     stop: threading.Event = field(default_factory=threading.Event)
     doing: dict[str, Doing] = field(default_factory=dict)
-    connections: dict[str, Connection] = field(default_factory=dict)
-    equipped: set[str] = field(default_factory=set)
     errors: list[tuple[str, Failure]] = field(default_factory=list)
     stays: bool = False
     abandoned: bool = False
     tell: Callable[[str], None] = lambda line: None
+    access: Access = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.access = Access(workspace=self.workspace, runtime=self.runtime, stopped=self.stop.is_set, note=self.note)
 
     # One site
 
@@ -78,11 +79,7 @@ class Engine:
         try:
             profile = load_profile(self.workspace, site)
             configuration = load_configuration(self.workspace)
-            session = self.session(profile, lock)
-            if site not in self.equipped:
-                session.place_payload()
-                self.equipped.add(site)
-            self._move(session, configuration)
+            self._move(self.access.session(profile, lock), configuration)
         except Interrupted:
             raise
         except CodeSpent as spent:
@@ -93,52 +90,6 @@ class Engine:
             self._note_trouble(site, defect(error))
         else:
             self._note_contact(profile, began)
-
-    def session(self, profile: Site, lock: int) -> Session:
-        """The site's session over this process's connection, made if there is none. The site's lock must be held:
-        rsync and ssh children inherit it."""
-        contact = self.workspace.contact(profile.name)
-        if contacts.is_held(contact.held):
-            raise LoginNeeded(
-                f"the site is held, no login is tried: {contact.held.reason if contact.held else ''}",
-                hint=f"put it right, then flctl release {profile.name}",
-                site=profile.name,
-            )
-        self.note(profile.name, "connecting")
-        connection = self.connections.get(profile.name)
-        if connection is None:
-            connection = self._connect(profile)
-            self.connections[profile.name] = connection
-        connection.lock_fds = (lock,)
-        return open_session(
-            self.workspace, profile, connection, lambda what, moved, total: self.note(profile.name, what, moved, total)
-        )
-
-    def _connect(self, profile: Site) -> Connection:
-        """Log in. A refused login holds the site, whoever asked for it: nothing hammers."""
-        try:
-            return connect(profile, self._road(profile))
-        except CodeSpent:
-            raise
-        except LoginNeeded as error:
-            contact = self.workspace.contact(profile.name)
-            self.workspace.save_contact(profile.name, contacts.failed(contact, error, time.time()))
-            raise
-
-    def _road(self, profile: Site) -> Road:
-        folder = self.runtime / profile.name
-        folder.mkdir(mode=0o700, exist_ok=True)
-        return Road(
-            known_hosts=self.workspace.root / "known_hosts",
-            runtime=folder,
-            stop=self.stop.is_set,
-            on_login=lambda: self._count_login(profile.name),
-        )
-
-    def _count_login(self, site: str) -> None:
-        contact = self.workspace.contact(site)
-        self.workspace.save_contact(site, replace(contact, logins=contact.logins + 1))
-        self.workspace.journal.append("login", site=site, count=contact.logins + 1)
 
     def _move(self, session: Session, configuration: Configuration) -> None:
         """Step after step until every open run of the site has to wait."""
@@ -214,7 +165,7 @@ class Engine:
 
     def _note_trouble(self, site: str, error: FlctlError) -> None:
         """The contact failed: say why, and come back later, or wait for a person."""
-        self.drop(site)
+        self.access.drop(site)
         self.workspace.save_contact(site, contacts.failed(self.workspace.contact(site), error, time.time()))
         self.errors.append((site, failure_of(error)))
         self.tell(f"{site}: {error.message}")
@@ -223,16 +174,8 @@ class Engine:
     def _postpone(self, site: str, until: float) -> None:
         self.workspace.save_contact(site, contacts.postponed(self.workspace.contact(site), until, time.time()))
 
-    def drop(self, site: str) -> None:
-        """Close this process's connection to a site, if there is one."""
-        self.equipped.discard(site)
-        connection = self.connections.pop(site, None)
-        if connection is not None:
-            connection.close()
-
     def close(self) -> None:
-        for site in list(self.connections):
-            self.drop(site)
+        self.access.close()
         shutil.rmtree(self.runtime, ignore_errors=True)
 
     # The campaign

@@ -18,7 +18,7 @@ def read_log(engine: Engine, site: str, lines: int) -> str:
     workspace = engine.workspace
     run = affected(workspace, site, "has a log", list(workspace.runs(site)))[-1]
     with workspace.lock_site(site) as lock:
-        session = engine.session(load_profile(workspace, site), lock)
+        session = engine.access.session(load_profile(workspace, site), lock)
         path = remote_folder(session, run) / "log"
         command = f"test -e {quote(path)} || exit {MISSING}; tail -n {lines} {quote(path)} | tail -c {LIMIT}"
         answer = session.ask({"log": command})["log"]

@@ -220,9 +220,7 @@ def _end(engine: Engine, run: Run, why: str, *, skipped: bool = False) -> Run:
     with workspace.lock_site(run.site) as lock:
         run = workspace.run(run.site, run.number)
         if run.open and run.stage not in (Stage.ORDERED, Stage.ENDED):
-            session = engine.session(load_profile(workspace, run.site), lock)
-            session.place_payload()
-            steps.cancel(session, run)
+            steps.cancel(engine.access.session(load_profile(workspace, run.site), lock), run)
         return _closed(engine, run, why, skipped=skipped)
 
 

@@ -11,7 +11,7 @@ from flctl.campaign.contacts import failure_of
 from flctl.campaign.engine import Engine
 from flctl.campaign.session import Session
 from flctl.campaign.workspace import Workspace
-from flctl.errors import CodeSpent, ConfigurationError, FlctlError, Interrupted, exit_code_of
+from flctl.errors import CodeSpent, ConfigurationError, FlctlError, Interrupted, LoginNeeded, exit_code_of
 from flctl.facility.probe import Check, questions, verdicts
 from flctl.facility.profile import missing
 from flctl.records import Failure, FileEntry
@@ -43,7 +43,7 @@ def examine(engine: Engine, name: str) -> SiteReport:
             raise ConfigurationError(f"still empty: {', '.join(empty)}", hint=fix, site=name)
         checks.append(Check(name="profile", result="ok", detail=f"{profile.connection}, {profile.scheduler.kind}"))
         with engine.workspace.lock_site(name) as lock:
-            session = engine.session(profile, lock)
+            session = engine.access.session(profile, lock)
             detail = f"{profile.login.user}@{profile.login.host}, {profile.login.kind}"
             checks.append(
                 Check(name="login", result="ok", detail=detail if profile.connection == "ssh" else "this machine")
@@ -53,18 +53,19 @@ def examine(engine: Engine, name: str) -> SiteReport:
     except (CodeSpent, Interrupted):
         raise
     except FlctlError as error:
+        if isinstance(error, LoginNeeded):
+            engine.access.hold(name, error)
         failure = failure_of(error)
         checks.append(
             Check(name=error.code, result="fail", detail=error.message, fix=error.hint, exit_code=error.exit_code)
         )
     finally:
-        engine.drop(name)
+        engine.access.drop(name)
     logins = engine.workspace.contact(name).logins - before
     return SiteReport(site=name, checks=tuple(checks), logins=logins, failure=failure)
 
 
 def _inside(session: Session) -> list[Check]:
-    session.place_payload()
     work, data = str(session.root), session.data
     answers = session.ask(questions(session.site, session.scheduler, work, data), timeout=PROBE_TIMEOUT)
     files = session.workspace.model_record(session.workspace.newest_model().version)["files"]
