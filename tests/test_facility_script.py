@@ -324,7 +324,7 @@ def test_the_program_gets_its_environment(tmp_path: Path) -> None:
 
 
 def test_a_program_that_fails_is_recorded_with_its_status(tmp_path: Path) -> None:
-    it = job(tmp_path, TRAINER + "print('an flctl: error: no data'); sys.exit(9)\n")
+    it = job(tmp_path, TRAINER + "print('flctl: error: no data'); sys.exit(9)\n")
     with it.started() as process:
         assert process.wait(30) == 9
     done = it.done()
