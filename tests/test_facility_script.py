@@ -383,7 +383,7 @@ def test_the_end_makes_it_failed_even_if_the_program_saved(tmp_path: Path, to_al
             os.killpg(process.pid, signal.SIGTERM)
         else:
             process.terminate()
-        assert process.wait(30) == 0
+        assert process.wait(30) in (0, 143), "the record counts; bash may have forgotten the program's own status"
     done = it.done()
     assert (done["outcome"], done["exit_status"], done["files"]) == ("failed", 143, [])
     assert "SIGTERM" in done["reason"]
