@@ -25,7 +25,7 @@ set -u
 cd {{run}} || exit 1
 seal_python=$(command -v {{seal_python}}) || { echo error: there is no {{seal_python}} here; exit 1; }
 nonce=$(od -An -N16 -tx1 /dev/urandom | tr -d ' \n')   # tells this start from any other copy of the same job
-child='' caught='' woken=''
+child='' caught=''
 
 # The last act: done.json says how it ended. Only the attempt's owner may write it, and only once.
 record() {
@@ -36,20 +36,16 @@ record() {
   )
 }
 
-# The walltime is nearly over: the program saves and ends by itself, and what it saved counts.
-on_warning() {
-  woken=yes
-  [ -z "$child" ] || kill -USR1 "$child" 2>/dev/null
-}
+tell() { [ ! -s program.pid ] || kill -"$1" "$(cat program.pid)" 2>/dev/null; }
 
 # Cancelled, preempted or out of time: SIGKILL may follow within seconds, so the record comes first.
 on_end() {
-  woken=yes caught=TERM
-  [ -z "$child" ] || kill -TERM "$child" 2>/dev/null
+  caught=TERM
+  tell TERM
   record 143
 }
 
-trap on_warning USR1
+trap 'tell USR1' USR1   # the walltime is nearly over: the program saves and ends by itself, and what it saved counts
 trap on_end TERM
 trap 'record $?' EXIT
 
@@ -68,21 +64,21 @@ eval "$exports"   # FLCTL_MODEL, FLCTL_OUT, FLCTL_DATA, FLCTL_ORDER, ...
 # USR1 is ignored until the program asks for it: one that knows nothing of it is not killed by it.
 program() {
   trap '' USR1
+  echo "$BASHPID" >program.pid
   set +u
   export PYTHONUNBUFFERED=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
   {{environment}}
   exec {{launch}} {{python}} {{trainer}}
 }
 
-# In the background, since bash runs no trap while it waits for a program in the foreground. A trap ends `wait` early.
-program &
+# In the background, since bash runs no trap while it waits for a program in the foreground. The program's status goes
+# through a file: `wait` tells another one when a signal arrives just as the program ends.
+keep() {
+  trap : TERM USR1
+  ( program )
+  echo $? >program.status
+}
+keep &
 child=$!
-status=''
-while :; do
-  woken=''
-  wait "$child"
-  ended=$?
-  { [ "$ended" -eq 127 ] && [ -n "$status" ]; } || status=$ended   # 127: bash told the child's status already
-  [ -n "$woken" ] || break
-done
-exit "$status"
+while kill -0 "$child" 2>/dev/null; do wait "$child"; done
+exit "$(cat program.status || echo 1)"
