@@ -45,8 +45,11 @@ class ConfigurationError(FlctlError):
 
 
 class LoginNeeded(FlctlError):
+    """A login was refused, or could not be tried: `attempted` says which. A refused one holds the site."""
+
     exit_code = 4
     code = "login_needed"
+    attempted = True
 
 
 class CodeSpent(LoginNeeded):

@@ -79,7 +79,7 @@ class Access:
     def hold(self, site: str, error: LoginNeeded) -> None:
         """Hold a site whose login was refused; one that is held keeps its first reason."""
         contact = self.workspace.contact(site)
-        if contact.held is None:
+        if contact.held is None and error.attempted:
             self.workspace.save_contact(site, contacts.failed(contact, error, time.time()))
 
     def _road(self, site: str) -> Road:

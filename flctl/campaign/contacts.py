@@ -50,11 +50,12 @@ def postponed(contact: Contact, until: float, now: float) -> Contact:
 
 
 def failed(contact: Contact, error: FlctlError, now: float) -> Contact:
-    """The record after a contact that failed: tried again after a growing, jittered pause; a refused login is held."""
+    """The record after a contact that failed: tried again after a growing, jittered pause; a refused login is held. One
+    that could not even be tried (no agent, an expired certificate) is not: it works once a person has renewed it."""
     failures = contact.failures + 1
     pause = min(BACKOFF_MOST, BACKOFF_FIRST * 2 ** min(failures - 1, 10)) * random.uniform(0.8, 1.2)
     held, lost = contact.held, contact.unreachable_since
-    if isinstance(error, LoginNeeded):
+    if isinstance(error, LoginNeeded) and error.attempted:
         held = Held(reason=error.message, since=now)
     if isinstance(error, SiteUnreachable):
         lost = lost or now

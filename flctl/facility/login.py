@@ -66,7 +66,11 @@ def log_in(site: Site, known_hosts: Path, on_login: Callable[[], None]) -> param
     """An authenticated connection to the site's login host. HostKeyRefused, LoginNeeded, CodeSpent, SiteUnreachable
     or ConfigurationError; whatever is wrong at home is found before the site is bothered."""
     answers = Answers(site) if site.login.kind == "key+totp" else None
-    keys = _keys(site)
+    try:
+        keys = _keys(site)
+    except LoginNeeded as error:
+        error.attempted = False
+        raise
     wire = reach(site, login_place(site), known_hosts)
     try:
         if site.login.jump:
