@@ -1,0 +1,94 @@
+"""When a site is contacted next: by what a login costs, by its jobs, by what was ordered, and by its troubles."""
+
+import time
+from dataclasses import replace
+
+import pytest
+
+from flctl.campaign import contacts
+from flctl.campaign.rounds import UNREACHABLE_PATIENCE, _stuck
+from flctl.errors import LoginNeeded, SiteUnreachable, TransferFailed
+from flctl.facility.profile import Login, Poll, Scheduler, Shape, Site
+from flctl.records import Contact, Held, Job, Order, Run, Stage, Work
+
+NOW = 10_000.0
+
+
+def a_site(kind: str) -> Site:
+    return Site(
+        schema=1,
+        name="pisa",
+        login=Login(host="h", user="u", kind=kind),  # type: ignore[arg-type]
+        scheduler=Scheduler(kind="slurm", shape="s"),
+        shapes={"s": Shape()},
+        poll=Poll(every=60, login_every=3600, absence=30),
+    )
+
+
+def a_run(stage: Stage = Stage.RUNNING, **job: float) -> Run:
+    order = Order(site="pisa", work=Work.TRAIN, base=0, round=1, steps=1)
+    return Run(number=1, order=order, stage=stage, job=Job(token="f", **job), created_at=NOW, changed_at=NOW)
+
+
+def due(kind: str, run: Run, *, stays: bool = False) -> float:
+    return contacts.next_due(a_site(kind), [run], NOW, stays=stays) - NOW
+
+
+def test_where_a_login_costs_a_code_ticks_come_hours_apart_and_a_round_does_not() -> None:
+    assert due("key", a_run()) == 60
+    assert due("key+totp", a_run()) == 3600
+    assert due("key+totp", a_run(), stays=True) == 60
+
+
+@pytest.mark.parametrize("name", ["expected_start", "expected_end"])
+def test_expected_starts_and_ends_are_looked_at(name: str) -> None:
+    assert due("key+totp", a_run(**{name: NOW + 900})) == 900 + contacts.SETTLING
+    assert due("key+totp", a_run(**{name: NOW - 900})) == 3600, "what is past is no reason"
+
+
+def test_the_second_look_at_a_job_that_is_gone_comes_in_time() -> None:
+    assert due("key", a_run(absent_at=NOW)) == 30
+
+
+def test_an_order_given_after_the_time_was_set_makes_the_site_due() -> None:
+    later = Contact(due=NOW + 600, known_at=NOW - 1)
+    assert contacts.is_due(later, [a_run(Stage.ORDERED)], NOW)
+    assert not contacts.is_due(replace(later, known_at=NOW + 1), [a_run(Stage.ORDERED)], NOW)
+    assert not contacts.is_due(later, [a_run()], NOW)
+    assert not contacts.is_due(Contact(held=Held(reason="r", since=0)), [a_run(Stage.ORDERED)], NOW)
+    assert not contacts.is_due(Contact(), [], NOW)
+
+
+def test_pauses_grow_with_each_failure_up_to_a_limit() -> None:
+    contact, pauses = Contact(), []
+    for _ in range(12):
+        contact = contacts.failed(contact, SiteUnreachable("no route"), NOW)
+        pauses.append(contact.due - NOW)
+    assert 8 <= pauses[0] <= 12
+    assert pauses[3] > 3 * pauses[0]
+    assert max(pauses) <= 1.2 * contacts.BACKOFF_MOST
+    assert contacts.reached(contact, NOW, NOW + 60).failures == 0
+
+
+def test_only_a_login_that_was_tried_holds_the_site() -> None:
+    refused, untried = LoginNeeded("refused"), LoginNeeded("no agent")
+    untried.attempted = False
+    assert contacts.failed(Contact(), refused, NOW).held is not None
+    assert contacts.failed(Contact(), untried, NOW).held is None
+
+
+def test_round_waits_for_a_site_it_had_reached_and_not_for_one_it_never_did() -> None:
+    now = time.time()
+    lost = contacts.failed(Contact(reached_at=now - 100), SiteUnreachable("reset"), now)
+    assert not _stuck(a_run(), lost)
+    assert _stuck(a_run(), replace(lost, unreachable_since=now - UNREACHABLE_PATIENCE - 1))
+    assert _stuck(a_run(), contacts.failed(Contact(), SiteUnreachable("refused"), now))
+
+
+def test_round_gives_a_transfer_three_tries() -> None:
+    contact = Contact(reached_at=NOW)
+    stuck = []
+    for _ in range(3):
+        contact = contacts.failed(contact, TransferFailed("hash"), NOW)
+        stuck.append(_stuck(a_run(), contact))
+    assert stuck == [False, False, True]
