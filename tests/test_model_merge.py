@@ -96,7 +96,7 @@ def test_a_merge_has_the_bits_of_the_numpy_reference(
             with pytest.raises(AggregationRefused, match="too large"):
                 merge(base, arrived, root / "draft", chunk=chunk)
             return
-        entries = merge(base, arrived, root / "draft", chunk=chunk)
+        entries = merge(base, arrived, root / "draft", chunk=chunk).files
         assert same_bits(read_weights(root / "draft"), expected)
         assert entries == hash_folder(root / "draft")
         assert [entry.path for entry in entries] == sorted(path.name for path in base.iterdir())
@@ -107,10 +107,10 @@ def test_order_of_arrival_and_chunk_size_do_not_change_a_byte(tmp_path: Path) ->
     models = [{"w": ("F32", rng.normal(size=(33, 7)).astype(np.float32))} for _ in range(3)]
     base = write_weights(tmp_path / "base", models[0])
     given_sources = sources(tmp_path, models, [5, 3, 2])
-    first = merge(base, given_sources, tmp_path / "draft-0")
+    first = merge(base, given_sources, tmp_path / "draft-0").files
     for place, (chunk, order) in enumerate([(1, (2, 1, 0)), (7, (1, 0, 2)), (100, (2, 0, 1))], start=1):
         arrived = [given_sources[number] for number in order]
-        assert merge(base, arrived, tmp_path / f"draft-{place}", chunk=chunk) == first
+        assert merge(base, arrived, tmp_path / f"draft-{place}", chunk=chunk).files == first
 
 
 def test_runs_of_one_site_are_added_by_their_number(tmp_path: Path) -> None:
@@ -168,7 +168,7 @@ def test_files_headers_and_what_is_no_float_come_from_the_base(tmp_path: Path) -
         (base / name).write_text(others.get(name, "x"))
     given_sources = sources(tmp_path, [small(1), small(2)], [1, 1])
     (given_sources[0].folder / "config.json").write_text('{"from": "a site"}')
-    entries = merge(base, given_sources, tmp_path / "draft")
+    entries = merge(base, given_sources, tmp_path / "draft").files
     shards = ["model-1.safetensors", "model-2.safetensors", "model.safetensors.index.json"]
     assert [entry.path for entry in entries] == sorted([*others, *shards])
     for name, text in others.items():
@@ -184,7 +184,7 @@ def test_files_headers_and_what_is_no_float_come_from_the_base(tmp_path: Path) -
 def test_the_manifest_holds_sizes_and_hashes_of_what_was_written(tmp_path: Path) -> None:
     base = write_weights(tmp_path / "base", small(0))
     (base / "config.json").write_text("{}")
-    entries = merge(base, sources(tmp_path, [small(1)], [1]), tmp_path / "draft")
+    entries = merge(base, sources(tmp_path, [small(1)], [1]), tmp_path / "draft").files
     for entry in entries:
         content = (tmp_path / "draft" / entry.path).read_bytes()
         assert entry == FileEntry(path=entry.path, size=len(content), sha256=sha256(content).hexdigest())

@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from flctl.errors import AggregationRefused
-from flctl.model.chunks import DTYPES
-from flctl.model.rules import fedavg, finite, shares, single
+from flctl.model.chunks import DTYPES, stays_finite
+from flctl.model.rules.averaging import shares, single, weighted
 from tests.checkpoints import FLOATS, NUMPY, random_values, reference_fedavg, to_bf16
 
 weights = st.lists(st.integers(1, 10**12), min_size=1, max_size=5)
@@ -23,7 +23,7 @@ def averaged(dtype: str, arrays: list[np.ndarray], given_weights: list[float]) -
     if dtype != "F64":
         parts = tuple(single(part) for part in parts)
     values = (torch.frombuffer(bytearray(array.tobytes()), dtype=DTYPES[dtype]) for array in arrays)
-    result = fedavg(values, parts, total, product).to(DTYPES[dtype])
+    result = weighted((x.to(precision) for x in values), parts, total, product).to(DTYPES[dtype])
     return result.view(torch.uint8).numpy().view(NUMPY[dtype])
 
 
@@ -105,4 +105,4 @@ def test_a_weight_that_is_not_positive_is_refused(weight: float) -> None:
 def test_a_sum_that_leaves_the_range_of_the_dtype_is_seen(value: float, dtype: torch.dtype, expected: bool) -> None:
     total = torch.zeros(100)
     total[57] = value
-    assert finite(total, dtype) is expected
+    assert stays_finite(total, dtype) is expected

@@ -26,8 +26,39 @@ class PolicyTable:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AggregationTable:
-    rule: Literal["fedavg"] = "fedavg"
+    rule: str = "fedavg"
     weights: Literal["samples", "tokens", "equal"] = "samples"
+    options: dict[str, Any] = field(default_factory=dict)
+    """The rule's own options."""
+    master: bool = False
+    """Keep float32 weights at home beside a model of less precision."""
+    adapters: Literal["mean", "svd", "stack"] = "mean"
+    """How LoRA adapters are merged: their factors apart, or their products."""
+    aggregate_at: str = ""
+    """The site that makes the merge; empty: here."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GatesTable:
+    """What is done with an update that is unlike the others."""
+
+    norm: Literal["off", "warn", "refuse"] = "warn"
+    norm_limit: Annotated[float, between(0)] = 6.0
+    """Median absolute deviations from the median of the norms."""
+    cosine: Literal["off", "warn", "refuse"] = "off"
+    cosine_limit: Annotated[float, between(-1, 1)] = 0.0
+    """The least cosine to the mean of the updates."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PrivacyTable:
+    """Differential privacy at the server; off while `clip` is 0."""
+
+    clip: Annotated[float, between(0)] = 0.0
+    noise_multiplier: Annotated[float, between(0)] = 0.0
+    delta: Annotated[float, between(0, 1)] = 1e-5
+    epsilon: Annotated[float, between(0)] = 0.0
+    """No merge that would spend more; 0: no limit."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,6 +85,8 @@ class Configuration:
     train: dict[str, Any] = field(default_factory=dict)
     evaluation: EvaluationTable = field(default_factory=EvaluationTable)
     fetch: FetchTable = field(default_factory=FetchTable)
+    gates: GatesTable = field(default_factory=GatesTable)
+    privacy: PrivacyTable = field(default_factory=PrivacyTable)
 
     @property
     def steps(self) -> int:

@@ -30,7 +30,7 @@ def merge_model(
         for run, weight in zip(runs, merge.weights, strict=True)
     ]
     began = time.time()
-    files = stream(base, sources, draft, stop=stop)
+    files = stream(base, sources, draft, stop=stop).files
     parent = workspace.model_record(merge.base)
     total = sum(merge.weights)
     contributions: list[dict[str, Any]] = []

@@ -46,8 +46,8 @@ def like(pattern: str, what: str, *, empty: bool = True) -> Check:
     return Check(check)
 
 
-def between(least: int, most: int = 1 << 31) -> Check:
-    def check(value: int) -> int:
+def between(least: float, most: float = 1 << 31) -> Check:
+    def check(value: float) -> float:
         if not least <= value <= most:
             raise ValueError(f"{value} is not between {least} and {most}")
         return value

@@ -12,6 +12,12 @@ DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF1
 WIDEST = 8
 
 
+def single_threaded() -> None:
+    """The same for a thread of ours; torch counts per thread."""
+    torch.set_flush_denormal(False)
+    torch.set_num_threads(1)
+
+
 @contextmanager
 def steady_arithmetic() -> Iterator[None]:
     """One thread and subnormal numbers, for the block. torch's own threads meet after every operation: on two busy
@@ -57,3 +63,8 @@ def blemish(values: torch.Tensor) -> str:
     if values.isnan().any():
         return "NaN"
     return "Inf" if values.isinf().any() else ""
+
+
+def stays_finite(values: torch.Tensor, dtype: torch.dtype) -> bool:
+    """Whether all values are finite when rounded to `dtype`. Rounding keeps their order, so the two ends tell."""
+    return bool(torch.stack(torch.aminmax(values)).to(dtype).isfinite().all())

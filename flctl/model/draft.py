@@ -4,6 +4,7 @@ import errno
 import os
 import shutil
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from hashlib import sha256
 from pathlib import Path
@@ -13,25 +14,54 @@ from flctl.records import FileEntry
 
 FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 BLOCK = 1 << 20
+FLUSHED = 64 << 20  # bytes after which the disk is asked to begin, so that little is left to wait for at the end
 
 
 class DraftFile:
-    """One file being written, hashed on its way."""
+    """One file being written. Written from its first byte to its last, it is hashed on its way."""
 
-    def __init__(self, descriptor: int) -> None:
+    def __init__(self, path: str, descriptor: int, flusher: ThreadPoolExecutor) -> None:
+        self._path = path
         self._descriptor = descriptor
+        self._flusher = flusher
+        self._flushing: Future[None] | None = None
         self._digest = sha256()
         self._size = 0
+        self._waiting = 0
 
     def write(self, data: bytes | memoryview) -> None:
         self._digest.update(data)
-        rest = memoryview(data)
-        self._size += len(rest)
-        while rest:
-            rest = rest[os.write(self._descriptor, rest) :]
+        self.place(self._size, data)
+        self._size += len(data)
 
-    def entry(self, path: str) -> FileEntry:
-        return FileEntry(path=path, size=self._size, sha256=self._digest.hexdigest())
+    def place(self, offset: int, data: bytes | memoryview) -> None:
+        """Write at an offset, without hashing."""
+        rest = memoryview(data)
+        self._waiting += len(rest)
+        while rest:
+            count = os.pwrite(self._descriptor, rest, offset)
+            rest, offset = rest[count:], offset + count
+        if self._waiting >= FLUSHED and (self._flushing is None or self._flushing.done()):
+            self._settled()
+            self._waiting = 0
+            self._flushing = self._flusher.submit(os.fdatasync, self._descriptor)
+
+    def finish(self) -> None:
+        self._settled()
+        os.fsync(self._descriptor)
+
+    def close(self) -> None:
+        if self._flushing is not None:
+            self._flushing.exception()
+        os.close(self._descriptor)
+
+    def entry(self) -> FileEntry:
+        return FileEntry(path=self._path, size=self._size, sha256=self._digest.hexdigest())
+
+    def _settled(self) -> None:
+        if self._flushing is not None:
+            self._flushing.result()
+            self._flushing = None
 
 
 class Draft:
@@ -39,25 +69,32 @@ class Draft:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self._entries: list[FileEntry] = []
-
-    @property
-    def entries(self) -> tuple[FileEntry, ...]:
-        return tuple(sorted(self._entries, key=lambda entry: entry.path))
+        self.entries: list[FileEntry] = []
+        self._flusher = ThreadPoolExecutor(max_workers=1, thread_name_prefix="flush")
 
     @contextmanager
     def file(self, path: str) -> Iterator[DraftFile]:
-        """A new file, on the disk for good when the block ends."""
+        """A new file, hashed, and on the disk for good when the block ends."""
+        with self._open(path, os.O_CREAT | os.O_EXCL) as file:
+            yield file
+        self.entries.append(file.entry())
+
+    @contextmanager
+    def shared_file(self, path: str) -> Iterator[DraftFile]:
+        """A file that several processes write in places; `hash_shared` enters it once all have."""
+        with self._open(path, os.O_CREAT) as file:
+            yield file
+
+    @contextmanager
+    def _open(self, path: str, flags: int) -> Iterator[DraftFile]:
         target = self.folder / path
         target.parent.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(target, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+        file = DraftFile(path, os.open(target, os.O_WRONLY | flags, 0o666), self._flusher)
         try:
-            file = DraftFile(descriptor)
             yield file
-            os.fsync(descriptor)
+            file.finish()
         finally:
-            os.close(descriptor)
-        self._entries.append(file.entry(path))
+            file.close()
 
     def copy(self, folder: Path, path: str) -> None:
         with self.file(path) as target, (folder / path).open("rb") as source:
@@ -73,6 +110,9 @@ class Draft:
             finally:
                 os.close(descriptor)
 
+    def close(self) -> None:
+        self._flusher.shutdown()
+
 
 @contextmanager
 def fresh_draft(folder: Path, *, needed: int) -> Iterator[Draft]:
@@ -82,18 +122,20 @@ def fresh_draft(folder: Path, *, needed: int) -> Iterator[Draft]:
     try:
         folder.mkdir()
     except OSError as error:
-        raise _translated(error, folder) from error
+        raise translated(error, folder) from error
+    made = Draft(folder)
     try:
         _room(folder, needed)
-        made = Draft(folder)
         yield made
         made.settle()
     except OSError as error:
         shutil.rmtree(folder, ignore_errors=True)
-        raise _translated(error, folder) from error
+        raise translated(error, folder) from error
     except BaseException:
         shutil.rmtree(folder, ignore_errors=True)
         raise
+    finally:
+        made.close()
 
 
 def _room(folder: Path, needed: int) -> None:
@@ -103,7 +145,8 @@ def _room(folder: Path, needed: int) -> None:
         raise _full(folder, f"the disk is too full: {needed:,} bytes are needed, {free:,} are free")
 
 
-def _translated(error: OSError, folder: Path) -> Exception:
+def translated(error: OSError, folder: Path) -> Exception:
+    """What went wrong with writing a draft, as an error of ours."""
     if error.errno in FULL:
         return _full(folder, f"the disk is full: {os.strerror(error.errno or 0)}")
     return ConfigurationError(f"{error.filename or folder}: {os.strerror(error.errno or 0)}")

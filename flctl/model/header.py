@@ -5,7 +5,7 @@ names (https://huggingface.co/docs/safetensors, "Format"). What cannot be believ
 
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,9 +17,10 @@ RANK_LIMIT = 64
 NUMBER_LIMIT = (1 << 63) - 1
 NAME_LIMIT = 1024
 
-CHUNK = 1 << 20  # elements
+CHUNK = 1 << 19  # elements
 FLOAT_SIZES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
 OTHER_SIZES = {"I64": 8, "I32": 4, "I16": 2, "I8": 1, "U64": 8, "U32": 4, "U16": 2, "U8": 1, "BOOL": 1}
+MASTER = "master"  # the name of the float32 weights kept beside a model of less precision
 ITEMSIZE = {**FLOAT_SIZES, **OTHER_SIZES}
 
 
@@ -70,6 +71,25 @@ def tensors_of(text: bytes, *, file: str, size: int) -> tuple[Tensor, ...]:
         how = "truncated" if expected > size else "longer than its header says"
         raise ValueError(f"{how}: the tensors end at byte {expected}, the file at {size}")
     return tuple(found)
+
+
+def packed(wanted: Iterable[tuple[str, str, tuple[int, ...]]], *, file: str) -> tuple[bytes, tuple[Tensor, ...]]:
+    """The length and header of a new file with these tensors (name, dtype, shape), one after the other, and where each
+    will lie. The header is padded to a multiple of 8 bytes, as the format advises."""
+    entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    places, end = [], 0
+    for name, dtype, shape in wanted:
+        begin, end = end, end + math.prod(shape) * ITEMSIZE[dtype]
+        entries[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [begin, end]}
+        places.append((name, dtype, shape, begin, end))
+    text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    data = 8 + len(text)
+    tensors = tuple(
+        Tensor(name=name, dtype=dtype, shape=shape, file=file, begin=data + begin, end=data + end)
+        for name, dtype, shape, begin, end in places
+    )
+    return len(text).to_bytes(8, "little") + text, tensors
 
 
 def weight_map_of(text: bytes) -> dict[str, str]:

@@ -26,8 +26,9 @@ class Report:
     base_norm: float
 
 
-def match(theirs: Shards, ours: Shards) -> None:
-    """Same tensors, shapes and dtypes, whatever the shards; else AggregationRefused naming tensors and site."""
+def match(theirs: Shards, ours: Shards) -> Shards:
+    """`theirs`, which has the same tensors, shapes and dtypes, whatever the shards; else AggregationRefused naming
+    tensors and site."""
     missing = [name for name in ours.tensors if name not in theirs.tensors]
     extra = [name for name in theirs.tensors if name not in ours.tensors]
     for names, what in ((missing, "missing"), (extra, "not in the base")):
@@ -40,13 +41,14 @@ def match(theirs: Shards, ours: Shards) -> None:
             raise _refused(theirs, f"tensor {name!r} has shape {shapes}")
         if given.dtype != tensor.dtype:
             raise _refused(theirs, f"tensor {name!r} is {given.dtype}, the base's is {tensor.dtype}")
+    return theirs
 
 
 def check(contribution: Path, base: Path, *, site: str, chunk: int = CHUNK) -> Report:
     """The gates of a fetched contribution: the base's tensors, all finite. Raises AggregationRefused naming tensor and
     site. Streamed: the memory needed is that of a few chunks."""
-    theirs, ours = open_shards(contribution, site=site), open_shards(base)
-    match(theirs, ours)
+    ours = open_shards(base)
+    theirs = match(open_shards(contribution, site=site), ours)
     update, before = _norms(theirs, ours, chunk)
     return Report(
         tensors=len(ours.tensors),

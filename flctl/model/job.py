@@ -1,0 +1,161 @@
+"""What a merge is to do: contributions, rule, state and layouts, all checked before the first chunk is read."""
+
+import math
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from flctl.errors import AggregationRefused, ConfigurationError
+from flctl.model.geometry import gram
+from flctl.model.header import MASTER
+from flctl.model.inputs import Given
+from flctl.model.manifest import carried_files
+from flctl.model.privacy import Privacy, clipping, gaussian_noise
+from flctl.model.rules import RULES, Facts, Rule, find_rule, options_of
+from flctl.model.shards import Shards, open_shards
+from flctl.model.state import Layout, State, model_layout, state_layout
+from flctl.model.verify import match
+
+STACKED = 1 << 20  # elements of all contributions together that a rule gets at once
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Source:
+    """One contribution to a merge; `weight` is its n_k before normalisation, or where the rule wants that the final
+    coefficient; `steps` its local optimizer steps; `base` what it was trained from, where that is not the base of
+    the merge."""
+
+    site: str
+    number: int
+    folder: Path
+    weight: float
+    steps: int = 0
+    base: Path | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Recipe:
+    """How: the rule's name and options; `master`: keep float32 weights beside a model of less precision; `privacy`:
+    clip each update, and add noise."""
+
+    rule: str = "fedavg"
+    options: Mapping[str, Any] = field(default_factory=dict)
+    master: bool = False
+    privacy: Privacy | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Job:
+    """All that is known before the first chunk is read."""
+
+    rule: Rule
+    options: Any
+    given: Given
+    layouts: tuple[Layout, ...]
+    """the model's own, then one per output"""
+    outputs: tuple[str, ...]
+    carried: tuple[str, ...]
+    needed: int
+    chunk: int
+    coefficients: Mapping[tuple[str, int], float]
+
+
+def prepared(base: Path, contributions: Sequence[Source], recipe: Recipe, state: State | None, chunk: int) -> Job:
+    ours = open_shards(base)
+    carried = carried_files(ours)
+    rule, options = find_rule(recipe.rule), options_of(recipe.rule, recipe.options)
+    sources = _ordered(contributions)
+    if reason := rule.refusal(len(sources), options):
+        raise AggregationRefused(f"{recipe.rule}: {reason}")
+    theirs = [match(open_shards(source.folder, site=source.site), ours) for source in sources]
+    bases = _bases(sources, ours)
+    facts = Facts(
+        weights=tuple(source.weight for source in sources),
+        steps=tuple(source.steps for source in sources),
+        gram=lambda: gram(ours, theirs, bases),
+    )
+    coefficients = rule.coefficients(facts, options)
+    used = [place for place, coefficient in enumerate(coefficients) if coefficient]
+    scales, noise = _private(recipe, rule, coefficients, facts)
+    outputs = (*rule.state, *([MASTER] if recipe.master else ()))
+    layouts = (model_layout(ours), *(state_layout(ours, name) for name in outputs))
+    given = Given(
+        ours=ours,
+        theirs=tuple(theirs[place] for place in used),
+        coefficients=tuple(coefficients[place] for place in used),
+        bases=tuple(bases[place] for place in used),
+        scales=tuple(scales[place] for place in used),
+        noise=noise,
+        state=_remembered(state, recipe, rule, layouts),
+        step=state.step + 1 if state and state.rule == recipe.rule else 1,
+    )
+    return Job(
+        rule=rule,
+        options=options,
+        given=given,
+        layouts=layouts,
+        outputs=outputs,
+        carried=carried,
+        needed=sum(layout.size for layout in layouts) + sum((base / path).stat().st_size for path in carried),
+        chunk=max(1, min(chunk, STACKED // len(sources))) if rule.stacked else chunk,
+        coefficients={(s.site, s.number): c for s, c in zip(sources, coefficients, strict=True)},
+    )
+
+
+def _private(
+    recipe: Recipe, rule: Rule, coefficients: Sequence[float], facts: Facts
+) -> tuple[tuple[float, ...], Callable[..., Any] | None]:
+    """(the factor that clips each update, the noise on their sum)"""
+    privacy = recipe.privacy
+    if privacy is None:
+        return (1.0,) * len(coefficients), None
+    if not rule.bounded:
+        raise ConfigurationError(
+            f"the rule {recipe.rule} does not keep a contribution within its clipped update: it cannot be private",
+            hint=f"use one of {', '.join(name for name, rule in RULES.items() if rule.bounded)}, or no [privacy]",
+        )
+    products = facts.gram()
+    scales = clipping([math.sqrt(products[place][place]) for place in range(len(coefficients))], privacy.clip)
+    deviation = privacy.noise_multiplier * privacy.clip * max(coefficients)
+    return scales, gaussian_noise(privacy.seed, deviation) if deviation else None
+
+
+def _bases(sources: Sequence[Source], ours: Shards) -> list[Shards | None]:
+    """What each contribution was trained from, opened once per folder; None: the base of the merge."""
+    opened: dict[Path, Shards] = {}
+    for source in sources:
+        if source.base is not None and source.base != ours.folder and source.base not in opened:
+            opened[source.base] = match(open_shards(source.base), ours)
+    return [opened.get(source.base) if source.base else None for source in sources]
+
+
+def _remembered(state: State | None, recipe: Recipe, rule: Rule, layouts: Sequence[Layout]) -> dict[str, Shards]:
+    """The state tensors to go on from: the rule's own, if the same rule left them, and the master weights."""
+    found: dict[str, Shards] = {}
+    if state is None:
+        return found
+    names = [name for name in rule.state if state.rule == recipe.rule]
+    if recipe.master and state.has(MASTER):
+        names.append(MASTER)
+    places = {layout.folder: layout.tensors for layout in layouts}
+    for name in names:
+        shards = state.shards(name)
+        expected = places[f"state/{name}"]
+        if {n: (t.dtype, t.shape) for n, t in shards.tensors.items()} != {
+            n: (t.dtype, t.shape) for n, t in expected.items()
+        }:
+            raise AggregationRefused(f"{shards.folder}: its tensors are not those of the model")
+        found[name] = shards
+    return found
+
+
+def _ordered(contributions: Sequence[Source]) -> list[Source]:
+    """By site and run number, whatever the order of arrival: sums of floats depend on it."""
+    if not contributions:
+        raise AggregationRefused("there is nothing to merge: no contribution")
+    (place, times), *_ = Counter((source.site, source.number) for source in contributions).most_common(1)
+    if times > 1:
+        raise AggregationRefused(f"run {place[1]} is given {times} times", site=place[0])
+    return sorted(contributions, key=lambda source: (source.site, source.number))
