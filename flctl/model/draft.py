@@ -81,7 +81,7 @@ class Draft:
 
     @contextmanager
     def shared_file(self, path: str) -> Iterator[DraftFile]:
-        """A file that several processes write in places; `hash_shared` enters it once all have."""
+        """A file that several processes write in places; it is hashed and entered once all have."""
         with self._open(path, os.O_CREAT) as file:
             yield file
 
@@ -134,6 +134,18 @@ def fresh_draft(folder: Path, *, needed: int) -> Iterator[Draft]:
     except BaseException:
         shutil.rmtree(folder, ignore_errors=True)
         raise
+    finally:
+        made.close()
+
+
+@contextmanager
+def joined_draft(folder: Path) -> Iterator[Draft]:
+    """A draft that another process made, and removes if anything fails."""
+    made = Draft(folder)
+    try:
+        yield made
+    except OSError as error:
+        raise translated(error, folder) from error
     finally:
         made.close()
 

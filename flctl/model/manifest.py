@@ -20,7 +20,7 @@ WEIGHTS = (
 def hash_folder(folder: Path) -> tuple[FileEntry, ...]:
     """Every file below `folder` but flctl.json, by path. Links, sockets and the like raise ConfigurationError: a model
     version is made of plain files."""
-    return tuple(_entry(folder, path) for path in _files(folder, strict=True) if path != RECORD)
+    return tuple(hash_file(folder, path) for path in _files(folder, strict=True) if path != RECORD)
 
 
 def carried_files(shards: Shards) -> tuple[str, ...]:
@@ -69,7 +69,7 @@ def _listed(folder: Path) -> list[Path]:
         raise ConfigurationError(f"{folder}: {os.strerror(error.errno or 0)}") from error
 
 
-def _entry(folder: Path, name: str) -> FileEntry:
+def hash_file(folder: Path, name: str) -> FileEntry:
     digest, size, block = sha256(), 0, memoryview(bytearray(BLOCK))
     try:
         with os.fdopen(os.open(folder / name, os.O_RDONLY | os.O_NOFOLLOW), "rb", buffering=0) as file:
