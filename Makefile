@@ -4,7 +4,7 @@ PYTHON ?= $(shell for p in /usr/bin/python3 python3 python3.13 python3.12 python
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && { echo $$p; exit; }; done; echo python3)
 BIN = .venv/bin
 
-.PHONY: demo test lint bench docs setup setup-test testbed-packages
+.PHONY: demo test lint bench bench-aggregate docs fuzz setup setup-test testbed-packages
 
 setup: .venv/.setup
 
@@ -32,8 +32,8 @@ test: setup-test testbed-packages
 	$(BIN)/python -m pytest
 
 lint: setup-test
-	$(BIN)/ruff check flctl tests
-	$(BIN)/ruff format --check flctl tests
+	$(BIN)/ruff check flctl tests bench
+	$(BIN)/ruff format --check flctl tests bench
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/vermin -q -t=3.6- --no-tips flctl/payload/seal.py flctl/payload/batch.py
@@ -43,3 +43,11 @@ docs: setup
 
 bench: setup
 	@$(BIN)/python tests/bench_startup.py
+
+# Minutes, and tens of gigabytes of disk. SCALING=1: how time and memory grow with the model instead.
+bench-aggregate: setup
+	@$(BIN)/python -m bench.aggregate $(if $(SCALING),--scaling) $(if $(JSON),--json $(JSON))
+
+SECONDS ?= 60
+fuzz: setup-test
+	@$(BIN)/python -m tests.fuzz_header --seconds $(SECONDS)

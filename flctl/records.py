@@ -30,6 +30,7 @@ CLOSED = frozenset({Stage.FETCHED, Stage.FAILED})
 class Work(StrEnum):
     TRAIN = "train"
     EVALUATE = "evaluate"
+    MERGE = "merge"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,20 +53,44 @@ class FileEntry:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Subject:
-    """A model an evaluate run looks at: `name` (a version `0003`, or `karolina-0002-1`: a site's own contribution)
-    and the sha256 of its folder."""
+    """A folder that an evaluate or merge run reads: `name` (a version `0003`, what a rule left beside one
+    `0003-state`, or a site's contribution `karolina-0002-1`) and its sha256."""
 
     name: str
     sha256: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Part:
+    """One contribution to a merge that a site makes: the subject's name, the run that brought it, its weight before
+    normalisation, its optimizer steps, and the version it was trained from."""
+
+    name: str
+    site: str
+    number: int
+    weight: float
+    steps: int
+    base: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SiteMerge:
+    """What a site is to merge, and how: the rule with its options, and whether float32 master weights are kept."""
+
+    rule: str
+    options: dict[str, typing.Any]
+    master: bool
+    parts: tuple[Part, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Order:
-    """What a policy asks of a site: train from `base` for `steps` optimizer steps, or evaluate `subjects`.
+    """What is asked of a site: train from `base` for `steps` optimizer steps, evaluate `subjects`, or `merge` some of
+    them into a successor of `base`.
 
     `global_step` is the number of optimizer steps behind the base, `total_steps` those of the whole plan;
-    `round` is the version of the model the run is to contribute to (train) or that it looks at (evaluate), `plan` the
-    number of the plan that asked for it."""
+    `round` is the version of the model the run is to contribute to (train), that it looks at (evaluate) or makes
+    (merge), `plan` the number of the plan that asked for it."""
 
     site: str
     work: Work
@@ -76,6 +101,7 @@ class Order:
     global_step: int = 0
     total_steps: int = 0
     subjects: tuple[Subject, ...] = ()
+    merge: SiteMerge | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

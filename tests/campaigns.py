@@ -49,14 +49,14 @@ claim_window = 3
 class Campaign:
     """One campaign of local sites and the commands on it."""
 
-    def __init__(self, root: Path, sites: tuple[str, ...] = ("brno", "pisa")) -> None:
+    def __init__(self, root: Path, sites: tuple[str, ...] = ("brno", "pisa"), dtype: str = "float32") -> None:
         self.root, self.place, self.sites = root, root / "camp", sites
         for name in sites:
             home = root / name
             (home / "data").mkdir(parents=True)
             (home / "data" / "private.txt").write_text("canary-of-" + name)
             self.profile(name)
-        make_model(root / "start")
+        make_model(root / "start", dtype)
         paths = ",".join(str(root / f"{name}.toml") for name in sites)
         made = self.flctl("init", str(self.place), "--sites", paths, "--model", str(root / "start"), at=root)
         assert made.returncode == 0, made.stderr
@@ -155,10 +155,10 @@ class Campaign:
                 os.killpg(json.loads(card.read_text())["group"], signal.SIGKILL)
 
 
-def make_model(folder: Path) -> None:
+def make_model(folder: Path, dtype: str = "float32") -> None:
     from flctl.model.tiny import write_tiny_model
 
-    write_tiny_model(folder, seed=1)
+    write_tiny_model(folder, seed=1, dtype=dtype)
 
 
 def reference(place: Path, version: int) -> dict[str, numpy.ndarray]:

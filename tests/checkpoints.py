@@ -3,6 +3,7 @@
 A tensor is (dtype, array); a BF16 array holds the bits, as uint16."""
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,8 +11,9 @@ from typing import Any
 import numpy as np
 
 FLOATS = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": np.uint16}
-OTHERS = {"I64": np.int64, "I32": np.int32, "I16": np.int16, "I8": np.int8, "U8": np.uint8, "BOOL": np.bool_}
-NUMPY = {**FLOATS, **OTHERS}
+SIGNED = {"I64": np.int64, "I32": np.int32, "I16": np.int16, "I8": np.int8}
+UNSIGNED = {"U64": np.uint64, "U32": np.uint32, "U16": np.uint16, "U8": np.uint8}
+NUMPY = {**FLOATS, **SIGNED, **UNSIGNED, "BOOL": np.bool_}
 BITS = {"F64": np.uint64, "F32": np.uint32, "F16": np.uint16, "BF16": np.uint16}
 EXPONENT = {"F64": 0x7FF << 52, "F32": 0xFF << 23, "F16": 0x1F << 10, "BF16": 0xFF << 7}
 MANTISSA = {"F64": 52, "F32": 23, "F16": 10, "BF16": 7}
@@ -101,10 +103,9 @@ def from_bf16(bits: np.ndarray) -> np.ndarray:
 def reference_fedavg(
     base: Tensors, contributions: Sequence[tuple[float, Tensors]]
 ) -> dict[str, tuple[str, np.ndarray]]:
-    """The design's formula; `contributions` (weight, tensors) by site and run number."""
-    total = np.float64(0)
-    for weight, _ in contributions:
-        total = total + np.float64(weight)
+    """The design's formula; `contributions` (weight, tensors) by site and run number. The sum of the weights is the
+    correctly rounded one."""
+    total = np.float64(math.fsum(weight for weight, _ in contributions))
     shares = [np.float64(weight) / total for weight, _ in contributions]
     merged = {}
     for name, (dtype, array) in base.items():

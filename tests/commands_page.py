@@ -10,7 +10,7 @@ HEAD = """\
 # Commands
 
 As `--help` prints them. The campaign of a command is `-C DIR`, else `$FLCTL_CAMPAIGN`, else the nearest folder upwards with a
-`flctl.toml`. `--sites` takes `a b`, `a,b` or `all`.
+`flctl.toml`. `--sites` takes `a b`, `a,b` or `all`; the lists of `aggregate` are written `5,3,2` or `5 3 2`.
 
 | exit code | meaning |
 |---|---|
@@ -29,11 +29,13 @@ As `--help` prints them. The campaign of a command is `-C DIR`, else `$FLCTL_CAM
 | 12 | unknown or changed host key |
 | 130 | interrupted |
 
-Of several, the first of 130, 1, 3, 12, 4, 5, 9, 7, 6, 8, 11 counts. With `--json` (`round`, `status`, `site test`, `campaign tick`)
-stdout is one object: `schema_version`, `command`, `status` (`ok`, `partial`: done, but something failed on the way, `error`),
+Of several, the first of 130, 1, 3, 12, 4, 5, 9, 7, 6, 8, 11 counts. With `--json` (`round`, `status`, `aggregate`, `verify`,
+`site test`, `campaign tick`) stdout is one object: `schema_version`, `command`, `status` (`ok`, `partial`: done, but something failed on the way, `error`),
 `exit_code`, `data`, and `errors`, each with `code`, `site`, `message`, `hint`. `data` of `status` holds `campaign`, `model`
-(`version`, `path`, `sha256`) and `runs` (`site`, `number`, `attempt`, `work`, `base`, `round`, `stage`, `held`, `job_id`, `steps`,
-`samples`, `queue_seconds`, `train_seconds`, `note`); that of `round` and `campaign tick` the same with `done` and `waiting`.
+(`version`, `path`, `sha256`, `warnings` of the gates, `privacy`) and `runs` (`site`, `number`, `attempt`, `work`, `base`, `round`, `stage`, `held`, `job_id`, `steps`,
+`samples`, `queue_seconds`, `train_seconds`, `note`); that of `round` and `campaign tick` the same with `done` and `waiting`; that of
+`aggregate` the model's `path`, `sha256` and `bytes`, `seconds`, `contributions` (`site`, `path`, `weight`, `coefficient`), `state`,
+`threads`, `ranks` and `notes`; that of `verify` `version`, `agrees`, `rebuilt`, and the files `differing`, `missing` and `remade`.
 """
 
 

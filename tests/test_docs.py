@@ -1,5 +1,6 @@
 """The documentation is true: every command as it is, every key of every file, no name that leads nowhere."""
 
+import json
 import re
 from pathlib import Path
 
@@ -7,6 +8,7 @@ import pytest
 
 from flctl.campaign.config import Configuration
 from flctl.facility.table import keys_of
+from flctl.model.rules import RULES, defaults_of
 from tests.commands_page import PAGE, page
 
 ROOT = Path(__file__).parent.parent
@@ -21,6 +23,18 @@ def test_every_key_of_flctl_toml_is_documented() -> None:
     text = (ROOT / "docs" / "configuration.md").read_text()
     missing = [".".join(key) for key in keys_of(Configuration) if f"`{'.'.join(key)}`" not in text and len(key) > 1]
     assert missing == []
+
+
+def test_every_rule_and_every_option_of_it_is_documented_with_its_default() -> None:
+    rows = {
+        line.split("`")[1]: line
+        for line in (ROOT / "docs" / "aggregation.md").read_text().splitlines()
+        if "|" in line and "`" in line
+    }
+    assert rows.keys() >= RULES.keys()
+    for name in RULES:
+        for option, default in defaults_of(name).items():
+            assert f"`{option} = {json.dumps(default)}`" in rows[name], (name, option)
 
 
 def test_every_option_of_the_trainer_is_documented() -> None:

@@ -1,5 +1,6 @@
 """A folder's manifest: every plain file, nothing but plain files; and which files belong to a model."""
 
+import json
 import os
 import socket
 from hashlib import sha256
@@ -8,8 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from flctl.campaign.creation import adopt_model
 from flctl.errors import ConfigurationError
-from flctl.model.manifest import BLOCK, hash_folder, model_files
+from flctl.model.manifest import BLOCK, carried_files, hash_file, hash_folder, model_files
 from flctl.model.shards import open_shards
 from flctl.records import folder_sha256
 from tests.checkpoints import write_weights
@@ -78,3 +80,25 @@ def test_a_model_is_its_shards_and_what_is_no_weights(tmp_path: Path) -> None:
         "model.safetensors.index.json",
         "tokenizer.json",
     )
+
+
+def test_what_a_rule_left_is_no_part_of_a_model(tmp_path: Path) -> None:
+    """`flctl init` with a version of another campaign takes the model and leaves its state and record behind."""
+    folder = write_weights(tmp_path / "model", {"a": ("F32", np.zeros(1, np.float32))})
+    write_weights(folder / "state" / "momentum", {"a": ("F32", np.zeros(1, np.float32))})
+    for name in ("state/state.json", "flctl.json", "sub/state"):
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text("{}")
+    assert carried_files(open_shards(folder)) == ("sub/state",)
+    adopt_model(folder, tmp_path / "0000")
+    taken = [path.relative_to(tmp_path / "0000").as_posix() for path in sorted((tmp_path / "0000").rglob("*"))]
+    assert taken == ["flctl.json", "model.safetensors", "sub", "sub/state"]
+    assert json.loads((tmp_path / "0000" / "flctl.json").read_text())["contributions"] == []
+
+
+def test_who_waits_for_a_hash_is_told_how_far_it_is_and_may_end_it(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(bytes(BLOCK + 5))
+    heard: list[int] = []
+    assert hash_file(tmp_path, "file", heard.append).size == heard[-1] == BLOCK + 5
+    with pytest.raises(ZeroDivisionError):
+        hash_file(tmp_path, "file", lambda size: 1 // 0)

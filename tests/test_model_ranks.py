@@ -113,3 +113,42 @@ def test_a_process_that_mpiexec_did_not_start_is_alone_and_loads_no_mpi() -> Non
     plain = {name: value for name, value in os.environ.items() if not name.startswith(("OMPI_", "PMI"))}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=plain)
     assert done.stdout == "False\n"
+
+
+def aggregate(root: Path, *words: str, size: int) -> subprocess.CompletedProcess[str]:
+    flctl = [
+        sys.executable,
+        "-m",
+        "flctl.cli.main",
+        "aggregate",
+        "a",
+        "b",
+        "--weights",
+        "5,3",
+        "--base",
+        "base",
+        *words,
+    ]
+    command = [*MPIEXEC, str(size), *flctl] if size > 1 else flctl
+    return subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=120, check=False)
+
+
+def test_flctl_aggregate_gives_the_same_sha256_from_threads_and_from_ranks(tmp_path: Path) -> None:
+    root = models(tmp_path, sharded=True)
+    hashes = set()
+    for size, threads in ((1, 1), (1, 2), (2, 1), (3, 2)):
+        words = ("--rule", "fedavgm", "--out", f"by-{size}-{threads}", "--threads", str(threads), "--json")
+        done = aggregate(root, *words, size=size)
+        assert done.returncode == 0, done.stderr
+        hashes.add(json.loads(done.stdout)["data"]["sha256"])
+    assert len(hashes) == 1
+
+
+def test_flctl_aggregate_says_what_is_wrong_once_whatever_the_number_of_ranks(tmp_path: Path) -> None:
+    root = models(tmp_path, sharded=True)
+    (root / "b" / "model-1.safetensors").write_bytes(b"short")
+    done = aggregate(root, "--out", "merged", size=3)
+    assert done.returncode == 8
+    assert sum("truncated" in line for line in done.stderr.splitlines()) == 1
+    assert not (root / "merged").exists()
+    assert "Traceback" not in done.stderr

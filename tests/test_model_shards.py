@@ -78,7 +78,7 @@ LIES = {
     "leading_space": (" {}", "no JSON object"),
     "no_unicode": (b'{"\xff": 1}', "not JSON"),
     "nested_too_deeply": ('{"a":' + "[" * 100_000 + "]" * 100_000 + "}", "nested too deeply"),
-    "number_of_10000_digits": ('{"a":' + "9" * 10_000 + "}", "digits"),
+    "number_of_10000_digits": (changed(entry(shape=[10**2000])), r"shape: \[Infinity\]"),
     "duplicate_tensor": ('{"a":%s,"a":%s}' % ((json.dumps(header_of(TWO)["a"]),) * 2), "'a' appears twice"),
     "duplicate_key": (
         '{"a":{"dtype":"F32","dtype":"I32","shape":[2,3],"data_offsets":[0,24]}}',

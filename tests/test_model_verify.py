@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from flctl.errors import AggregationRefused
-from flctl.model.verify import Report, check
+from flctl.model.verify import FARTHEST, Look, Report, check, compared, deviation
 from tests.checkpoints import FLOATS, NUMPY, Tensors, from_bf16, random_values, raw_file, to_bf16, write_weights
 
 Model = dict[str, tuple[str, np.ndarray]]
@@ -172,3 +172,80 @@ def test_norms_are_those_of_numpy_in_float64(
         update_norm=pytest.approx(squares(contribution, base), rel=1e-12),  # type: ignore[arg-type]
         base_norm=pytest.approx(squares(base, None), rel=1e-12),  # type: ignore[arg-type]
     )
+
+
+def looks(norms: dict[str, float], past: dict[str, list[float]] | None = None, **more: float) -> dict[str, Look]:
+    return compared(norms, past or {}, {}, norm_limit=more.get("norm_limit", 6.0), cosine_limit=None)
+
+
+def test_a_deviation_is_measured_in_median_absolute_deviations() -> None:
+    """The median of 1, 2, 3, 4, 10 is 3, their distances from it are 2, 1, 0, 1, 7, whose median is 1."""
+    found = deviation(9.0, [1.0, 2.0, 3.0, 4.0, 10.0])
+    assert (found.count, found.median, found.deviations) == (5, 3.0, 6.0)
+    assert deviation(1.0, [1.0, 2.0, 3.0, 4.0]).deviations == 1.5  # median 2.5, MAD 1
+
+
+def test_a_small_deviation_counts_in_both_directions() -> None:
+    assert deviation(0.0, [9.0, 10.0, 11.0]).deviations == 10.0
+    assert deviation(20.0, [9.0, 10.0, 11.0]).deviations == 10.0
+
+
+def test_values_that_lie_close_together_by_chance_make_no_neighbour_unusual() -> None:
+    """The spread is at least a tenth of the median: 1.2 is 2 such tenths from 1, though 200 times the MAD."""
+    assert deviation(1.2, [0.999, 1.0, 1.001]).deviations == pytest.approx(2.0)
+
+
+@pytest.mark.parametrize(("norm", "others", "far"), [(0.0, [0.0] * 3, 0.0), (1e-9, [0.0] * 3, FARTHEST)])
+def test_where_nothing_moves_every_move_is_as_far_as_can_be(norm: float, others: list[float], far: float) -> None:
+    assert deviation(norm, others).deviations == far
+    assert deviation(2.0, [2.0, 2.0, 2.0]).deviations == 0.0
+
+
+@pytest.mark.parametrize("count", [0, 1, 2])
+def test_fewer_than_three_others_are_too_few_to_judge_by(count: int) -> None:
+    found = deviation(1e9, [1.0] * count)
+    assert (found.count, found.median, found.deviations) == (count, None, None)
+    seen = looks({str(place): 1.0 for place in range(count)} | {"far": 1e9})["far"]
+    assert (seen.reasons, seen.judged) == ({}, False)
+
+
+def test_an_update_is_compared_with_the_others_and_with_its_own_past() -> None:
+    seen = looks({"a": 1.0, "b": 1.1, "c": 1.2, "d": 5.0}, {"a": [5.0, 5.1, 5.2], "b": [5.0, 5.1]})
+    assert {name: sorted(one.reasons) for name, one in seen.items()} == {"a": ["norm"], "b": [], "c": [], "d": ["norm"]}
+    assert "the median of this site's own before (limit 6)" in seen["a"].reasons["norm"]
+    assert "the median of the other updates (limit 6)" in seen["d"].reasons["norm"]
+    assert "35.5 deviations from 1.1, the" in seen["d"].reasons["norm"]
+    assert seen["d"].worst == seen["d"].others.deviations
+    assert (seen["b"].judged, seen["b"].past.count) == (True, 2)
+
+
+def test_the_limit_itself_is_not_too_far() -> None:
+    assert not looks({"a": 1.0, "b": 1.0, "c": 1.0, "d": 2.0}, norm_limit=10.0)["d"].reasons
+    assert looks({"a": 1.0, "b": 1.0, "c": 1.0, "d": 2.0}, norm_limit=9.9)["d"].reasons
+
+
+def test_the_least_cosine_is_a_limit_of_its_own() -> None:
+    norms, cosines = {"a": 1.0, "b": 1.0, "c": 9.0}, {"a": 0.5, "b": -0.25, "c": 0.0}
+    seen = compared(norms, {}, cosines, norm_limit=None, cosine_limit=0.0)
+    assert {name: list(one.reasons) for name, one in seen.items()} == {"a": [], "b": ["cosine"], "c": []}
+    assert seen["b"].reasons["cosine"] == "the update's cosine to the mean is -0.25 (limit 0)"
+    assert (seen["c"].others.count, seen["c"].judged) == (0, True)
+    two = compared({"a": 1.0, "b": 1.0}, {}, cosines, norm_limit=None, cosine_limit=0.0)
+    assert all(one.cosine is None and not one.judged for one in two.values())
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    norms=st.lists(st.floats(0, 1e150), min_size=2, max_size=6),
+    scale=st.sampled_from([2.0**-40, 2.0, 2.0**60]),
+)
+def test_a_deviation_is_finite_and_free_of_scale(norms: list[float], scale: float) -> None:
+    norm, *others = norms
+    found = deviation(norm, others).deviations
+    if len(others) < 3:
+        assert found is None
+    else:
+        assert found is not None
+        assert 0 <= found <= FARTHEST
+        if min(norms) > 1e-100:
+            assert deviation(norm * scale, [other * scale for other in others]).deviations == pytest.approx(found)

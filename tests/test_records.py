@@ -8,8 +8,10 @@ from flctl.records import (
     Held,
     Job,
     Order,
+    Part,
     Plan,
     Run,
+    SiteMerge,
     Stage,
     Subject,
     Work,
@@ -55,6 +57,21 @@ def test_a_plan_survives_json() -> None:
     assert from_data(Plan, to_data(plan)) == plan
     assert plan.skips(2) == {"b"}
     assert plan.skips(1) == frozenset()
+
+
+def test_an_order_to_merge_survives_json_and_stays_equal() -> None:
+    import json
+
+    part = Part(name="pisa-0001-1", site="pisa", number=1, weight=0.1 + 0.2, steps=4, base=0)
+    merge = SiteMerge(rule="fedadam", options={"lr": 1e-3, "dialect": "paper"}, master=True, parts=(part,))
+    order = Order(site="brno", work=Work.MERGE, base=0, round=1, merge=merge)
+    assert from_data(Order, json.loads(json.dumps(to_data(order)))) == order
+
+
+def test_a_run_from_before_there_were_merges_at_sites_can_be_read() -> None:
+    data = to_data(a_run())
+    del data["order"]["merge"]
+    assert from_data(Run, data) == a_run()
 
 
 def test_keys_of_a_newer_version_are_ignored() -> None:

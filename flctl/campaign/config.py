@@ -4,6 +4,7 @@ import secrets
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
+from flctl.campaign.privacy import check_privacy
 from flctl.campaign.workspace import Workspace
 from flctl.errors import ConfigurationError
 from flctl.facility.profile import Site, load_site
@@ -32,8 +33,6 @@ class AggregationTable:
     """The rule's own options."""
     master: bool = False
     """Keep float32 weights at home beside a model of less precision."""
-    adapters: Literal["mean", "svd", "stack"] = "mean"
-    """How LoRA adapters are merged: their factors apart, or their products."""
     aggregate_at: str = ""
     """The site that makes the merge; empty: here."""
 
@@ -44,7 +43,7 @@ class GatesTable:
 
     norm: Literal["off", "warn", "refuse"] = "warn"
     norm_limit: Annotated[float, between(0)] = 6.0
-    """Median absolute deviations from the median of the norms."""
+    """Median absolute deviations (but at least tenths of the median) from the median of the norms."""
     cosine: Literal["off", "warn", "refuse"] = "off"
     cosine_limit: Annotated[float, between(-1, 1)] = 0.0
     """The least cosine to the mean of the updates."""
@@ -98,7 +97,10 @@ class Configuration:
 
 
 def load_configuration(workspace: Workspace) -> Configuration:
-    return load_table(workspace.root / "flctl.toml", Configuration)
+    path = workspace.root / "flctl.toml"
+    configuration = load_table(path, Configuration)
+    check_privacy(configuration, path)
+    return configuration
 
 
 def load_profile(workspace: Workspace, name: str) -> Site:

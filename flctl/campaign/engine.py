@@ -13,7 +13,7 @@ from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from flctl.campaign import contacts, steps
+from flctl.campaign import contacts, gates, remote_merge, steps
 from flctl.campaign.access import Access
 from flctl.campaign.config import Configuration, load_configuration, load_profile
 from flctl.campaign.contacts import failure_of
@@ -23,7 +23,7 @@ from flctl.campaign.workspace import Workspace
 from flctl.errors import CodeSpent, FlctlError, Interrupted, Locked, defect
 from flctl.facility.profile import Site
 from flctl.policy import POLICIES, Decision, View
-from flctl.records import Failure, Job, Merge, Order, Run, Stage, Work, token_of
+from flctl.records import Failure, Job, Merge, Order, Plan, Run, Stage, Work, token_of
 
 SUBMITTED = (Stage.CLAIMED, Stage.QUEUED, Stage.RUNNING)
 INTERRUPT_PATIENCE = 10.0
@@ -197,21 +197,28 @@ class Engine:
                 return None
             decision = POLICIES[configuration.policy.name](view, time.time())
             if decision.merge is not None:
-                failed = self._merge(decision.merge, configuration)
-                if failed is not None:
-                    return Decision(lacking=failed.message)
-                continue
+                awaited = self._merge(decision.merge, configuration, view.plan)
+                if awaited is None:
+                    continue
+                decision = awaited
             for order in decision.orders:
                 self.give(order)
             if not decision.orders:
                 return decision
 
-    def _merge(self, merge: Merge, configuration: Configuration) -> FlctlError | None:
-        """Make a model; why not, if it cannot be made. A spoilt contribution fails its run, so that its site
-        can train again."""
+    def _merge(self, merge: Merge, configuration: Configuration, plan: Plan) -> Decision | None:
+        """Make a model, here or of what a site makes; what is to be ordered, awaited or is lacking, if that cannot be
+        done now. A spoilt contribution fails its run, so that its site can train again."""
         self.note("", f"merging model {merge.version:04d}")
         try:
-            merge_model(self.workspace, merge, configuration, stop=self.stop.is_set)
+            if configuration.aggregation.aggregate_at:
+                awaited = remote_merge.proceed(
+                    self.workspace, merge, configuration, plan.number, record=self.record, stop=self.stop.is_set
+                )
+                if awaited is not None:
+                    return awaited
+            else:
+                merge_model(self.workspace, merge, configuration, stop=self.stop.is_set)
         except Interrupted:
             raise
         except FlctlError as error:
@@ -219,10 +226,12 @@ class Engine:
             spoilt = [self.workspace.run(*key) for key in merge.runs if key[0] == error.site]
             for run in spoilt:
                 self.record(run, replace(run, stage=Stage.FAILED, failure=failure_of(error)))
-            return error
+            return Decision(lacking=error.message)
         finally:
             self.doing.pop("", None)
         self.tell(f"model {merge.version:04d} is made of {len(merge.runs)} contributions")
+        for warning in gates.warnings_of(self.workspace.model_record(merge.version)):
+            self.tell(f"model {merge.version:04d} has a warning: {warning}")
         return None
 
     def give(self, order: Order) -> Run:

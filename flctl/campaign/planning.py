@@ -2,16 +2,15 @@
 
 import time
 from dataclasses import replace
-from typing import Any
 
-from flctl.campaign import shipped, steps
+from flctl.campaign import steps
 from flctl.campaign.config import load_configuration, load_profile
 from flctl.campaign.engine import Engine
+from flctl.campaign.foresight import check_rule, foresee
 from flctl.campaign.report import failed_runs
 from flctl.campaign.workspace import Workspace
 from flctl.errors import CodeSpent, ConfigurationError, FlctlError, Interrupted, Locked, UsageError
 from flctl.facility.profile import missing
-from flctl.facility.table import nearest
 from flctl.records import Failure, Job, Plan, Run, Stage, Work, token_of
 
 
@@ -34,25 +33,6 @@ def chosen_sites(workspace: Workspace, names: list[str]) -> tuple[str, ...]:
     return tuple(sorted(set(names)))
 
 
-def check_train(workspace: Workspace, sites: tuple[str, ...], train: dict[str, Any]) -> None:
-    """ConfigurationError if [train] holds a key that train.py does not know, found here and not after a night in the
-    queue. A site with a trainer of its own may have others."""
-    known = shipped.trainer_options()
-    for name in sites:
-        profile = load_profile(workspace, name)
-        if profile.environment.trainer:
-            continue
-        for file, table in (("flctl.toml", train), (f"sites/{name}.toml", profile.train)):
-            for key in table:
-                if key not in known:
-                    close = nearest(key, known)
-                    advice = f"did you mean train.{close}?" if close else f"train.py knows: {', '.join(known)}"
-                    raise ConfigurationError(
-                        f"{workspace.root / file}: train.{key}: train.py has no such option; {advice}",
-                        hint=f"correct {workspace.root / file}",
-                    )
-
-
 def is_open(workspace: Workspace, plan: Plan) -> bool:
     """Whether the plan is still to be fulfilled: a model is missing, or a run of it is under way."""
     return workspace.newest_model().version < plan.target or any(run.open for run in workspace.runs())
@@ -62,7 +42,6 @@ def proposed(workspace: Workspace, names: list[str], rounds: int | None, steps_:
     """The plan for `rounds` more models by these sites."""
     configuration = load_configuration(workspace)
     sites = chosen_sites(workspace, names)
-    check_train(workspace, sites, configuration.train)
     least = configuration.campaign.min_sites
     if least > len(sites):
         raise ConfigurationError(
@@ -70,6 +49,7 @@ def proposed(workspace: Workspace, names: list[str], rounds: int | None, steps_:
             hint="lower it, or name more sites",
         )
     first = workspace.newest_model().version + 1
+    foresee(workspace, configuration, sites, least or len(sites), rounds or 1)
     last = workspace.plan()
     return Plan(
         number=last.number + 1 if last else 1,
@@ -87,6 +67,8 @@ def open_plan(workspace: Workspace, names: list[str], rounds: int | None, steps_
         current = workspace.plan()
         if current is not None and is_open(workspace, current):
             _agree(workspace, current, names, rounds, steps_)
+            left = current.target - workspace.newest_model().version
+            foresee(workspace, load_configuration(workspace), current.sites, current.min_sites, left)
             return current
         plan = proposed(workspace, names, rounds, steps_)
         workspace.save_plan(plan)
@@ -169,6 +151,8 @@ def skip(engine: Engine, site: str) -> tuple[int, FlctlError | None]:
             f"{site} is the last site of model {version:04d}; without it there is none",
             hint="flctl cancel ends the plan",
         )
+    left = len(set(plan.sites) - plan.skips(version) - {site})
+    check_rule(workspace, load_configuration(workspace), left, min(left, plan.min_sites))
     trouble: FlctlError | None = None
     why = f"left out of model {version:04d} with flctl skip"
     for run in runs:
@@ -235,7 +219,8 @@ def _closed(engine: Engine, run: Run, why: str, *, skipped: bool) -> Run:
         if skipped and run.stage == Stage.FAILED:
             engine.record(run, replace(run, skipped=True))
         return run
-    failure = Failure(code="job_failed", exit_code=6, message=why, hint=f"flctl retry {run.site} trains again")
+    hint = f"flctl retry {run.site} {run.order.work}s again"
+    failure = Failure(code="job_failed", exit_code=6, message=why, hint=hint)
     closed = replace(run, stage=Stage.FAILED, failure=failure, skipped=skipped)
     engine.record(run, closed)
     return closed

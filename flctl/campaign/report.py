@@ -3,6 +3,8 @@
 import time
 from typing import Any
 
+from flctl.campaign.gates import warnings_of
+from flctl.campaign.privacy import shown
 from flctl.campaign.workspace import Workspace
 from flctl.records import Contact, Run, Stage, Work, to_data
 
@@ -43,6 +45,7 @@ def _note(run: Run) -> str:
 def summary(workspace: Workspace, runs: tuple[Run, ...]) -> dict[str, Any]:
     """The campaign, its newest model, its runs."""
     model = workspace.newest_model()
+    record = workspace.model_record(model.version)
     contacts = {site: workspace.contact(site) for site in {run.site for run in runs}}
     ordered = sorted(runs, key=lambda run: (run.order.round, run.site, run.number))
     return {
@@ -51,6 +54,8 @@ def summary(workspace: Workspace, runs: tuple[Run, ...]) -> dict[str, Any]:
             "version": model.version,
             "path": str(workspace.model_folder(model.version)),
             "sha256": model.sha256,
+            "warnings": warnings_of(record),
+            "privacy": shown(record),
         },
         "runs": [run_row(run, contacts[run.site]) for run in ordered],
     }

@@ -12,7 +12,7 @@ from flctl.campaign.report import failed_runs
 from flctl.campaign.workspace import Workspace
 from flctl.errors import AggregationRefused, Interrupted, JobFailed, Locked, LoginNeeded, WaitElapsed, exit_code_of
 from flctl.policy import Decision
-from flctl.records import Contact, Failure, Plan, Run
+from flctl.records import Contact, Failure, Plan, Run, Work
 
 UNREACHABLE_PATIENCE = 900.0
 """Seconds for which `round` goes on trying a site that it had reached before; ticks never give up."""
@@ -108,8 +108,10 @@ def _stuck(run: Run, contact: Contact) -> bool:
 
 
 def _lasting(workspace: Workspace, plan: Plan) -> Errors:
-    """What failed on the way and was not made good: the plan's runs that failed or were left out."""
-    return [(run.site, run.failure) for run in workspace.runs() if run.order.plan == plan.number and run.failure]
+    """What failed on the way and was not made good: the plan's runs that failed or were left out, but no merges: the
+    models are there."""
+    runs = [run for run in workspace.runs() if run.order.plan == plan.number and run.order.work != Work.MERGE]
+    return [(run.site, run.failure) for run in runs if run.failure]
 
 
 def _explain(engine: Engine, decision: Decision | None) -> Errors:
@@ -141,8 +143,12 @@ def _lacking(workspace: Workspace, decision: Decision | None) -> Errors:
     """That a round cannot close without a person, if so."""
     if decision is None or not decision.lacking:
         return []
-    names = sorted({run.site for run in failed_runs(workspace) if not run.skipped})
-    hint = f"flctl retry {names[0]} or flctl skip {names[0]}" if names else "flctl retry, or flctl cancel ends the plan"
+    failed = sorted((run.site, run.order.work) for run in failed_runs(workspace) if not run.skipped)
+    hint = "flctl retry, or flctl cancel ends the plan"
+    if failed:
+        site, work = failed[0]
+        other = 'aggregate_at = "" in flctl.toml' if work == Work.MERGE else f"flctl skip {site}"
+        hint = f"flctl retry {site} or {other}"
     return [("", failure_of(AggregationRefused(decision.lacking, hint=hint)))]
 
 

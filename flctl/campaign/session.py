@@ -1,6 +1,7 @@
 """Owns one site's session: its paths, its programs, and every file that crosses its border (each is journaled)."""
 
 import re
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from hashlib import sha256
@@ -43,6 +44,11 @@ class Session:
         return self.root / "payload" / shipped.payload_sha256()
 
     @property
+    def merger(self) -> PurePosixPath:
+        """The zip that merges."""
+        return self.root / "payload" / shipped.merger_sha256() / shipped.MERGER
+
+    @property
     def scheduler(self) -> Scheduler:
         return scheduler_of(self.site, str(self.payload))
 
@@ -64,6 +70,34 @@ class Session:
         for index, (source, files, place) in enumerate(places):
             if answers[f"p{index}"].status != 0:
                 self.place(source, files, place)
+
+    def place_merger(self) -> None:
+        """Put the zip that merges there, unless it is there whole."""
+        with tempfile.TemporaryDirectory() as folder:
+            (Path(folder) / shipped.MERGER).write_bytes(shipped.merger())
+            self.place_all([(Path(folder), shipped.merger_manifest(), self.merger.parent)], hashed=True)
+
+    def gather(self, files: Sequence[FileEntry], near: Sequence[PurePosixPath], target: PurePosixPath) -> None:
+        """Make a new folder of files that lie in other folders of the site, hard links where it can, if each is there
+        with the right sha256. If not, or if there is such a folder, nothing is done: `place` brings what lacks."""
+        manifest = "".join(f"{entry.sha256} {entry.path}\n" for entry in files)
+        part = target.parent / f".{target.name}.gathered"
+        command = (
+            f"test ! -e {quote(target)} || exit 0\n"
+            f"rm -rf {quote(part)} && mkdir -p {quote(part)} && cd {quote(part)} || exit 1\n"
+            "while read -r digest path; do\n"
+            '  mkdir -p "$(dirname "./$path")"\n'
+            f"  for folder in {' '.join(map(quote, near))}; do\n"
+            '    test -f "$folder/$path" && test ! -L "$folder/$path" || continue\n'
+            '    test "$(sha256sum <"$folder/$path")" = "$digest  -" || continue\n'
+            '    ln "$folder/$path" "$path" || cp "$folder/$path" "$path"\n'
+            "    break\n"
+            "  done\n"
+            f'  test -f "$path" || {{ rm -rf {quote(part)}; exit 1; }}\n'
+            f"done <<'MANIFEST'\n{manifest}MANIFEST\n"
+            f"mv {quote(part)} {quote(target)}"
+        )
+        self.ask({"gather": command}, timeout=60 + 2 * sum(entry.size for entry in files) / HASHING_RATE)
 
     def place(self, source: Path, files: Sequence[FileEntry], target: PurePosixPath, *, aside: bool = True) -> None:
         """Copy the named files of a local folder to a new folder of the site: pushed under another name, verified there

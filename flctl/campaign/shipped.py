@@ -1,6 +1,9 @@
-"""Finds what flctl ships beside its code: templates, site profiles, the payload."""
+"""Finds what flctl ships beside its code: templates, site profiles, the payload, the zip that merges."""
 
 import ast
+import io
+import zipfile
+from functools import cache
 from hashlib import sha256
 from pathlib import Path
 
@@ -10,6 +13,9 @@ from flctl.records import FileEntry, folder_sha256
 
 PACKAGE = Path(flctl.__file__).parent
 PAYLOAD_FILES = ("batch.py", "seal.py", "train.py")
+MERGER = "merge.zip"
+MERGER_FILES = ("__init__.py", "errors.py", "records.py", "model/**/*.py")
+UNUSED_THERE = ("model/__main__.py", "model/tiny.py")
 
 
 def shipped(kind: str) -> Path:
@@ -44,3 +50,28 @@ def trainer_options() -> tuple[str, ...]:
             keys = node.value.keys if isinstance(node.value, ast.Dict) else []
             return tuple(key.value for key in keys if isinstance(key, ast.Constant) and isinstance(key.value, str))
     raise FlctlError("train.py names no options", hint="install flctl again")
+
+
+@cache
+def merger() -> bytes:
+    """The zip that a site's Python runs to merge: flctl's arithmetic and what that imports. The same sources give the
+    same bytes everywhere, so that its hash is its name."""
+    found = sorted({path.relative_to(PACKAGE).as_posix() for glob in MERGER_FILES for path in PACKAGE.glob(glob)})
+    contents = {f"flctl/{name}": PACKAGE / name for name in found if name not in UNUSED_THERE}
+    contents["__main__.py"] = PACKAGE / "model" / "__main__.py"
+    made = io.BytesIO()
+    with zipfile.ZipFile(made, "w", zipfile.ZIP_STORED) as archive:  # zlib's bytes differ from version to version
+        for name, path in contents.items():
+            about = zipfile.ZipInfo(name)
+            about.create_system = 3
+            archive.writestr(about, path.read_bytes())
+    return made.getvalue()
+
+
+def merger_manifest() -> tuple[FileEntry, ...]:
+    content = merger()
+    return (FileEntry(path=MERGER, size=len(content), sha256=sha256(content).hexdigest()),)
+
+
+def merger_sha256() -> str:
+    return folder_sha256(merger_manifest())

@@ -1,15 +1,17 @@
 """The `flctl` program: its commands, its argument expansion, and the one place where errors become exit codes."""
 
 import os
+import re
 import signal
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from flctl import __version__
-from flctl.cli import campaign, demo, init, interventions, round, site, status
+from flctl.cli import aggregate, campaign, demo, export, init, interventions, round, site, status, verify
 from flctl.cli.output import print_error
 from flctl.errors import FlctlError, Interrupted, UsageError, defect
 
@@ -23,9 +25,15 @@ app = typer.Typer(
 
 # Typer brings a click of its own since 0.26 and uses the installed one before; this is the one in use.
 ClickException: Any = next(kind for kind in typer.BadParameter.__mro__ if kind.__name__ == "ClickException")
-LIST_OPTIONS = frozenset({"--sites"})
+NUMBER = re.compile(r"(\d+\.?\d*|\.\d+)(e[+-]?\d+)?", re.IGNORECASE)
+SETTING = re.compile(r"[a-z]\w*=.*", re.IGNORECASE)
+# Options that take several words, and what a word after the first must be to belong to them (None: anything).
+LISTS: Mapping[str, re.Pattern[str] | None] = {"--sites": None}
+LISTS_OF = {"aggregate": {"--weights": NUMBER, "--steps": NUMBER, "--bases": None, "--option": SETTING}}
+HINTS = {"--sites": "--sites a b, --sites a,b or --sites all", "--option": "--option lr=0.1 dialect=paper"}
+WHOLE = frozenset({"--bases", "--option"})  # their words may hold commas
 CAMPAIGN_OPTIONS = frozenset({"-C", "--campaign"})
-JSON_COMMANDS = frozenset({"round", "status", "site test", "campaign tick"})
+JSON_COMMANDS = frozenset({"round", "status", "aggregate", "verify", "site test", "campaign tick"})
 
 
 @app.callback()
@@ -48,7 +56,7 @@ def flctl(
     context.obj = folder
 
 
-for module in (init, demo, round, status, interventions):
+for module in (init, demo, round, status, interventions, aggregate, verify, export):
     module.register(app)
 app.add_typer(site.app, name="site")
 app.add_typer(campaign.app, name="campaign")
@@ -58,23 +66,34 @@ def expand(arguments: list[str]) -> list[str]:
     """The command line as Typer understands it: `--sites a b` and `--sites a,b` become `--sites a --sites b`, up to the
     next option, and `-C DIR` may stand anywhere. UsageError for a list without a name in it."""
     front, words = _hoisted(arguments)
+    lists = {**LISTS, **LISTS_OF.get(_first(words), {})}
     rest: list[str] = []
     while words:
         word = words.pop(0)
         name, separator, value = word.partition("=")
         if word == "--":
             return [*front, *rest, word, *words]
-        if name not in LIST_OPTIONS:
+        if name not in lists:
             rest.append(word)
             continue
-        values = [value] if separator else []
+        values, kind = [value] if separator else [], lists[name]
         while words and not words[0].startswith("-"):
+            if values and kind and not all(kind.fullmatch(item) for item in _items(name, words[0])):
+                break
             values.append(words.pop(0))
-        items = [item for value in values for item in value.split(",") if item]
+        items = [item for value in values for item in _items(name, value)]
         if not items:
-            raise UsageError(f"{name} names nothing", hint=f"{name} a b, {name} a,b or {name} all")
+            raise UsageError(f"{name} names nothing", hint=HINTS.get(name, f"{name} a b, or {name} a,b"))
         rest += [part for item in items for part in (name, item)]
     return front + rest
+
+
+def _items(name: str, word: str) -> list[str]:
+    return [item for item in ([word] if name in WHOLE else word.split(",")) if item]
+
+
+def _first(words: list[str]) -> str:
+    return next((word for word in words if not word.startswith("-")), "")
 
 
 def _hoisted(arguments: list[str]) -> tuple[list[str], list[str]]:
@@ -98,8 +117,8 @@ def _json_command(arguments: list[str]) -> str:
     """The command that is to answer with one JSON object, or nothing."""
     if "--json" not in arguments:
         return ""
-    words = [word for word in arguments if not word.startswith("-")]
-    return next((command for command in JSON_COMMANDS if command.split()[0] in words), "")
+    first = _first(_hoisted(arguments)[1])
+    return next((command for command in JSON_COMMANDS if command.split()[0] == first), "")
 
 
 def main() -> None:

@@ -32,28 +32,39 @@ def find(folder: Path | None) -> Workspace:
 def moving(
     workspace: Workspace, tell: Callable[[str], None] = lambda line: None, command: str = ""
 ) -> "Iterator[Engine]":
-    """An engine for this process. The first Ctrl-C, SIGTERM or SIGHUP stops it in order, the second ends at once; one
-    that was ignored when we began (nohup) stays ignored. `command`: the name of a command that answers with JSON."""
+    """An engine for this process, which a signal stops in order. `command`: the name of a command that answers with
+    JSON."""
     from flctl.campaign.engine import Engine
 
     stop = threading.Event()
+    with heeding(stop):
+        engine = Engine(workspace=workspace, runtime=Path(tempfile.mkdtemp(prefix="flctl-")), stop=stop, tell=tell)
+        try:
+            yield engine
+        except Interrupted:
+            engine.close()
+            leave_interrupted(workspace, command)
+        finally:
+            engine.close()
+
+
+@contextmanager
+def heeding(stop: threading.Event, *, tell: bool = True) -> Iterator[None]:
+    """The first Ctrl-C, SIGTERM or SIGHUP sets `stop`, the second ends the process at once; one that was ignored when
+    we began (nohup) stays ignored."""
 
     def interrupt(number: int, frame: object) -> None:
         if stop.is_set():
             os._exit(130)
         stop.set()
-        print("\nflctl: stopping; once more to leave at once", file=sys.stderr)
+        if tell:
+            print("\nflctl: stopping; once more to leave at once", file=sys.stderr)
 
     heeded = [number for number in SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
     before = {number: signal.signal(number, interrupt) for number in heeded}
-    engine = Engine(workspace=workspace, runtime=Path(tempfile.mkdtemp(prefix="flctl-")), stop=stop, tell=tell)
     try:
-        yield engine
-    except Interrupted:
-        engine.close()
-        leave_interrupted(workspace, command)
+        yield
     finally:
-        engine.close()
         for number, handler in before.items():
             signal.signal(number, handler)
 

@@ -106,7 +106,8 @@ class View:
         for site in sorted(open_runs):
             run, now = open_runs[site], doing.get(site)
             state = state_of(run, self.workspace.contact(site))
-            grid.add(site, f"{run.number}.{run.attempt}", state, ago(run.changed_at), _moving(now))
+            name = f"{run.number}.{run.attempt}" + ("" if run.order.work == "train" else f" {run.order.work}")
+            grid.add(site, name, state, ago(run.changed_at), _moving(now))
         if "" in doing:
             grid.add("", "", doing[""].what, ago(doing[""].since), "")
         return grid.rich()
@@ -127,6 +128,9 @@ def _moving(now: object) -> str:
 
 def _print_end(workspace: Workspace, outcome: "Outcome", first: int) -> None:
     """The models made and each site's perplexities; then what went wrong."""
+    from flctl.campaign.gates import warnings_of
+    from flctl.campaign.privacy import line, shown
+
     model = workspace.newest_model()
     grid = Grid(("for model", "site", "steps", "samples", "perplexity of the base", "after training there"))
     for run in workspace.runs():
@@ -139,6 +143,11 @@ def _print_end(workspace: Workspace, outcome: "Outcome", first: int) -> None:
             )
     if grid.rows:
         grid.show()
+    for version in range(first + 1, model.version + 1):
+        for warning in warnings_of(workspace.model_record(version)):
+            print(f"model {version:04d} is merged with a warning: {warning}")
+    if told := shown(workspace.model_record(model.version)):
+        print(f"privacy: {line(told)}")
     print_failures(outcome.errors)
     if not outcome.done:
         waits = ", ".join(sorted({run.site for run in workspace.runs() if run.open}))
@@ -149,20 +158,25 @@ def _print_end(workspace: Workspace, outcome: "Outcome", first: int) -> None:
 
 
 def _print_dry_run(workspace: Workspace, sites: list[str], rounds: int | None, steps: int | None, json: bool) -> None:
-    from flctl.campaign.rehearsal import rehearse
+    from flctl.campaign.privacy import line
+    from flctl.campaign.rehearsal import private_after, rehearse
 
     plan, scripts = rehearse(workspace, sites, rounds, steps)
+    private = private_after(workspace, plan)
     if json:
         data = {
             "sites": plan.sites,
             "first": plan.first,
             "target": plan.target,
             "steps": plan.steps,
+            "privacy": private,
             "scripts": scripts,
         }
         print_json("round", status="ok", exit_code=0, data=data)
         return
     print(f"plan: models {plan.first:04d} to {plan.target:04d}, {plan.steps} steps a run, by {', '.join(plan.sites)}")
+    if private:
+        print(f"privacy after model {plan.target:04d}: {line(private)}")
     for site, script in scripts.items():
         print(f"\n# ---- {site}: job.sh\n{script}", end="")
     print("\nnothing was written, sent or submitted; /_WORK_ and the like are resolved at the first login")

@@ -7,7 +7,7 @@ import typer
 from flctl.campaign.workspace import Workspace
 from flctl.cli.moving import find
 from flctl.cli.output import Grid, print_json, seconds
-from flctl.records import Run
+from flctl.records import Run, Work
 
 NOTE_MOST = 60
 
@@ -34,11 +34,16 @@ def status(
 
 
 def _print(workspace: Workspace, runs: tuple[Run, ...], data: dict[str, Any], everything: bool) -> None:
+    from flctl.campaign.privacy import line
     from flctl.campaign.report import ago, failed_runs, state_of
 
     model, plan = data["model"], workspace.plan()
     print(f"campaign {workspace.label} in {workspace.root}")
     print(f"model {model['version']:04d}  sha256 {model['sha256'][:16]}  {model['path']}")
+    for warning in model["warnings"]:
+        print(f"  merged with a warning: {warning}")
+    if model["privacy"]:
+        print(f"privacy: {line(model['privacy'])}")
     if plan is not None and plan.target > model["version"]:
         print(f"plan: models {plan.first:04d} to {plan.target:04d} by {', '.join(plan.sites)}")
     grid = Grid(("site", "run", "work", "for model", "state", "since", "job", "steps", "queued", "ran", "note"))
@@ -64,7 +69,8 @@ def _print(workspace: Workspace, runs: tuple[Run, ...], data: dict[str, Any], ev
     for run in failed_runs(workspace):
         if run.failure is not None and not run.skipped:
             print(f"{run.site}: run {run.number:04d} failed: {run.failure.message}")
-            print(f"  -> flctl retry {run.site}, or flctl skip {run.site}")
+            other = 'aggregate_at = "" in flctl.toml' if run.order.work == Work.MERGE else f"flctl skip {run.site}"
+            print(f"  -> flctl retry {run.site}, or {other}")
     contacts = {site: workspace.contact(site) for site in workspace.profiles}
     for site, contact in contacts.items():
         if contact.held is not None:

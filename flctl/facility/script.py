@@ -58,9 +58,12 @@ def job_script(
     workdir: PurePosixPath,
     payload: PurePosixPath,
     data: str,
+    program: PurePosixPath | None = None,
 ) -> str:
-    """The job script of one attempt; the paths are absolute ones at the site."""
+    """The job script of one attempt; the paths are absolute ones at the site. `program` takes the trainer's place."""
     values = job_values(site, token=token, campaign=campaign, run=run, workdir=workdir, payload=payload, data=data)
+    if program is not None:
+        values["trainer"] = str(program)
     return render(template, values, source=f"templates/{site.scheduler.kind}.sh")
 
 

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -11,13 +12,16 @@ from flctl.model.header import MASTER
 from flctl.model.rules.averaging import single, weighted
 from flctl.model.shards import Reader, Shards, Tensor
 
+if TYPE_CHECKING:
+    from flctl.model.noise import Noise
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Given:
     """What one merge reads: the base's weights, and for each contribution, in their order, its weights, coefficient,
     the base it was trained from (None: `ours`) and the factor that clips its update (1: none). `state` is what the
-    rule left beside the base, the float32 master weights among it; `step` counts the rule's steps from 1. `noise`
-    (tensor name, first element, elements) is added to the sum of the updates."""
+    rule left beside the base, the float32 master weights among it; `step` counts the rule's steps from 1. `noise` is
+    added to the sum of the updates."""
 
     ours: Shards
     theirs: tuple[Shards, ...]
@@ -26,7 +30,7 @@ class Given:
     scales: tuple[float, ...]
     state: Mapping[str, Shards] = field(default_factory=dict)
     step: int = 1
-    noise: Callable[[str, int, int], torch.Tensor] | None = None
+    noise: "Noise | None" = None
 
     @property
     def moved(self) -> bool:
@@ -108,7 +112,7 @@ class Inputs:
         coefficients = self._scaled[self._dtype]
         total = weighted(self.updates(), coefficients, self._buffer("total"), self._buffer("product"))
         if self._given.noise is not None:
-            total.add_(self._given.noise(self._tensor.name, self._start, self._count).to(self._dtype))
+            self._given.noise.add(total, self._tensor.name, self._start)
         return total
 
     def average(self) -> torch.Tensor:

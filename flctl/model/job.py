@@ -5,20 +5,25 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from flctl.errors import AggregationRefused, ConfigurationError
+from flctl.errors import AggregationRefused
+from flctl.model.chunks import WIDEST
 from flctl.model.geometry import gram
 from flctl.model.header import MASTER
 from flctl.model.inputs import Given
 from flctl.model.manifest import carried_files
-from flctl.model.privacy import Privacy, clipping, gaussian_noise
-from flctl.model.rules import RULES, Facts, Rule, find_rule, options_of
+from flctl.model.privacy import Privacy, unbounded
+from flctl.model.rules import Facts, Rule, find_rule, options_of
 from flctl.model.shards import Shards, open_shards
 from flctl.model.state import Layout, State, model_layout, state_layout
 from flctl.model.verify import match
 
+if TYPE_CHECKING:
+    from flctl.model.noise import Noise
+
 STACKED = 1 << 20  # elements of all contributions together that a rule gets at once
+MEMORY = 64 << 20  # bytes that the buffers of all workers may take
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,13 +65,31 @@ class Job:
     needed: int
     chunk: int
     coefficients: Mapping[tuple[str, int], float]
+    scales: Mapping[tuple[str, int], float]
+    """what clips each update; empty where none is clipped"""
+
+    def within_memory(self, workers: int) -> int:
+        """The chunk, made smaller where so many workers' buffers would take more than MEMORY."""
+        precise = any(tensor.dtype == "F64" for tensor in self.given.ours.tensors.values())
+        # Sums, bases and what the rule makes; and for each output what was, what is and what goes out.
+        numbers = 6 + 3 * len(self.outputs)
+        return max(1, min(self.chunk, MEMORY // (workers * (2 * WIDEST + (8 if precise else 4) * numbers))))
 
 
-def prepared(base: Path, contributions: Sequence[Source], recipe: Recipe, state: State | None, chunk: int) -> Job:
+def prepared(
+    base: Path,
+    contributions: Sequence[Source],
+    recipe: Recipe,
+    state: State | None,
+    chunk: int,
+    stop: Callable[[], bool],
+) -> Job:
+    """Raises what `merge` does; a rule that compares the updates as a whole reads all files here."""
     ours = open_shards(base)
     carried = carried_files(ours)
-    rule, options = find_rule(recipe.rule), options_of(recipe.rule, recipe.options)
-    sources = _ordered(contributions)
+    options = options_of(recipe.rule, recipe.options)
+    rule = find_rule(recipe.rule).with_options(options)
+    sources = ordered(contributions)
     if reason := rule.refusal(len(sources), options):
         raise AggregationRefused(f"{recipe.rule}: {reason}")
     theirs = [match(open_shards(source.folder, site=source.site), ours) for source in sources]
@@ -74,11 +97,11 @@ def prepared(base: Path, contributions: Sequence[Source], recipe: Recipe, state:
     facts = Facts(
         weights=tuple(source.weight for source in sources),
         steps=tuple(source.steps for source in sources),
-        gram=lambda: gram(ours, theirs, bases),
+        gram=lambda: gram(ours, theirs, bases, stop=stop),
     )
     coefficients = rule.coefficients(facts, options)
     used = [place for place, coefficient in enumerate(coefficients) if coefficient]
-    scales, noise = _private(recipe, rule, coefficients, facts)
+    scales, noise = _private(recipe, rule, sources, coefficients, facts)
     outputs = (*rule.state, *([MASTER] if recipe.master else ()))
     layouts = (model_layout(ours), *(state_layout(ours, name) for name in outputs))
     given = Given(
@@ -86,7 +109,7 @@ def prepared(base: Path, contributions: Sequence[Source], recipe: Recipe, state:
         theirs=tuple(theirs[place] for place in used),
         coefficients=tuple(coefficients[place] for place in used),
         bases=tuple(bases[place] for place in used),
-        scales=tuple(scales[place] for place in used),
+        scales=tuple(scales[place] for place in used) if scales else (1.0,) * len(used),
         noise=noise,
         state=_remembered(state, recipe, rule, layouts),
         step=state.step + 1 if state and state.rule == recipe.rule else 1,
@@ -101,25 +124,27 @@ def prepared(base: Path, contributions: Sequence[Source], recipe: Recipe, state:
         needed=sum(layout.size for layout in layouts) + sum((base / path).stat().st_size for path in carried),
         chunk=max(1, min(chunk, STACKED // len(sources))) if rule.stacked else chunk,
         coefficients={(s.site, s.number): c for s, c in zip(sources, coefficients, strict=True)},
+        scales={(s.site, s.number): scale for s, scale in zip(sources, scales, strict=True)} if scales else {},
     )
 
 
 def _private(
-    recipe: Recipe, rule: Rule, coefficients: Sequence[float], facts: Facts
-) -> tuple[tuple[float, ...], Callable[..., Any] | None]:
-    """(the factor that clips each update, the noise on their sum)"""
+    recipe: Recipe, rule: Rule, sources: Sequence[Source], coefficients: Sequence[float], facts: Facts
+) -> tuple[tuple[float, ...], "Noise | None"]:
+    """(the factor that clips each update, the noise on their sum); nothing without privacy."""
     privacy = recipe.privacy
     if privacy is None:
-        return (1.0,) * len(coefficients), None
+        return (), None
     if not rule.bounded:
-        raise ConfigurationError(
-            f"the rule {recipe.rule} does not keep a contribution within its clipped update: it cannot be private",
-            hint=f"use one of {', '.join(name for name, rule in RULES.items() if rule.bounded)}, or no [privacy]",
-        )
+        raise unbounded(recipe.rule)
     products = facts.gram()
-    scales = clipping([math.sqrt(products[place][place]) for place in range(len(coefficients))], privacy.clip)
-    deviation = privacy.noise_multiplier * privacy.clip * max(coefficients)
-    return scales, gaussian_noise(privacy.seed, deviation) if deviation else None
+    scales = privacy.scales([math.sqrt(products[place][place]) for place in range(len(sources))])
+    deviation = privacy.deviation([source.site for source in sources], coefficients)
+    if not deviation:
+        return scales, None
+    from flctl.model.noise import Noise  # a machine that merges without noise needs no cryptography
+
+    return scales, Noise(seed=privacy.seed, deviation=deviation)
 
 
 def _bases(sources: Sequence[Source], ours: Shards) -> list[Shards | None]:
@@ -136,7 +161,7 @@ def _remembered(state: State | None, recipe: Recipe, rule: Rule, layouts: Sequen
     found: dict[str, Shards] = {}
     if state is None:
         return found
-    names = [name for name in rule.state if state.rule == recipe.rule]
+    names = [name for name in rule.state if state.rule == recipe.rule and state.has(name)]
     if recipe.master and state.has(MASTER):
         names.append(MASTER)
     places = {layout.folder: layout.tensors for layout in layouts}
@@ -151,7 +176,7 @@ def _remembered(state: State | None, recipe: Recipe, rule: Rule, layouts: Sequen
     return found
 
 
-def _ordered(contributions: Sequence[Source]) -> list[Source]:
+def ordered(contributions: Sequence[Source]) -> list[Source]:
     """By site and run number, whatever the order of arrival: sums of floats depend on it."""
     if not contributions:
         raise AggregationRefused("there is nothing to merge: no contribution")

@@ -1,11 +1,13 @@
 """Which files make up a model folder, and their hashes; streamed, without torch."""
 
 import os
+from collections.abc import Callable
 from hashlib import sha256
 from pathlib import Path
 
 from flctl.errors import ConfigurationError
 from flctl.model.shards import Shards
+from flctl.model.state import FOLDER as STATE
 from flctl.records import FileEntry
 
 RECORD = "flctl.json"
@@ -19,13 +21,13 @@ WEIGHTS = (
 
 def hash_folder(folder: Path) -> tuple[FileEntry, ...]:
     """Every file below `folder` but flctl.json, by path. Links, sockets and the like raise ConfigurationError: a model
-    version is made of plain files."""
+    version is made of plain files. The sha256 of a version leaves out what lies in `state/`, too: it is not its own."""
     return tuple(hash_file(folder, path) for path in _files(folder, strict=True) if path != RECORD)
 
 
 def carried_files(shards: Shards) -> tuple[str, ...]:
     """The paths of what travels with the weights: their index, config, tokenizer, licence and so on; no other weights
-    in any form, no flctl.json, nothing hidden."""
+    in any form, no flctl.json, no rule's state, nothing hidden."""
     return tuple(path for path in _files(shards.folder, strict=False) if _carried(path, shards.index))
 
 
@@ -41,13 +43,13 @@ def _carried(path: str, index: str | None) -> bool:
 
 
 def _files(folder: Path, *, strict: bool) -> list[str]:
-    """Relative POSIX paths, sorted. Unless `strict`, hidden files and folders are passed over, and a link to a file
-    counts as that file (a hub's cache is made of such links)."""
+    """Relative POSIX paths, sorted. Unless `strict`, hidden files and folders and the state of a rule, which belongs to
+    one version, are passed over, and a link to a file counts as that file (a hub's cache is made of such links)."""
     found, folders = [], [folder]
     while folders:
         for path in _listed(folders.pop()):
             name = path.relative_to(folder).as_posix()
-            if path.name.startswith(".") and not strict:
+            if (path.name.startswith(".") or name == STATE) and not strict:
                 continue
             if not name.isprintable():
                 raise ConfigurationError(f"{folder}: {name!r} cannot be the name of a model's file")
@@ -69,13 +71,16 @@ def _listed(folder: Path) -> list[Path]:
         raise ConfigurationError(f"{folder}: {os.strerror(error.errno or 0)}") from error
 
 
-def hash_file(folder: Path, name: str) -> FileEntry:
+def hash_file(folder: Path, name: str, told: Callable[[int], None] | None = None) -> FileEntry:
+    """`told` hears of the bytes read so far, and may raise."""
     digest, size, block = sha256(), 0, memoryview(bytearray(BLOCK))
     try:
         with os.fdopen(os.open(folder / name, os.O_RDONLY | os.O_NOFOLLOW), "rb", buffering=0) as file:
             while count := file.readinto(block):
                 digest.update(block[:count])
                 size += count
+                if told:
+                    told(size)
     except OSError as error:
         raise ConfigurationError(f"{folder / name}: {os.strerror(error.errno or 0)}") from error
     return FileEntry(path=name, size=size, sha256=digest.hexdigest())

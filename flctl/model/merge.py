@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import cast
 
@@ -28,11 +28,12 @@ PLAIN = Recipe()
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Made:
     """A finished draft: the model's files, the rule's state beside it (in `state/`), and for each contribution, by
-    (site, number), the coefficient it entered with."""
+    (site, number), the coefficient it entered with and, where updates are clipped, the factor that clips its own."""
 
     files: tuple[FileEntry, ...]
     state: State | None
     coefficients: Mapping[tuple[str, int], float]
+    scales: Mapping[tuple[str, int], float] = field(default_factory=dict)
 
 
 def merge(
@@ -55,12 +56,13 @@ def merge(
     `progress` is told the bytes of weights written so far (of `open_shards(base).size`); `stop` is asked between
     chunks, and yes raises Interrupted. The bits depend neither on the order of `contributions` nor on `chunk`
     (elements) nor on `threads` nor on `ranks`, which share out the work if all of them make this call on one file
-    system. Whatever is raised (AggregationRefused, BudgetRefused, ConfigurationError,
-    Interrupted), the draft is gone and nothing else was touched."""
+    system. Whatever is raised (AggregationRefused, BudgetRefused, ConfigurationError, Interrupted), the draft is gone
+    and nothing else was touched."""
     with steady_arithmetic():
-        job = ranks.together(lambda: prepared(base, contributions, recipe, state, chunk))
+        threads = threads or default_threads()
+        job = ranks.together(lambda: prepared(base, contributions, recipe, state, chunk, stop or _never))
+        job = replace(job, chunk=min(ranks.gathered(job.within_memory(threads + SPARE))))
         with _draft(draft, job, ranks) as made:
-            threads = threads or default_threads()
             ranks.together(lambda: _write(made, job, ranks, threads, progress or _silent, stop or _never))
             if ranks.size > 1:
                 _enter_shared(made, job, ranks)
@@ -172,7 +174,7 @@ def _complete(made: Draft, base: Path, job: Job, recipe: Recipe) -> Made:
     state = None
     if job.outputs:
         state = write_state(made, rule=recipe.rule, step=job.given.step, model=folder_sha256(own))
-    return Made(files=own, state=state, coefficients=job.coefficients)
+    return Made(files=own, state=state, coefficients=job.coefficients, scales=job.scales)
 
 
 def _silent(_: int) -> None:

@@ -18,10 +18,12 @@ KINDS = ("model", "adapter_model")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Shard:
-    """One safetensors file: its size, where its data begins, and its tensors in the order of their bytes."""
+    """One safetensors file: its size, when it was modified (ns), where its data begins, and its tensors in the order of
+    their bytes."""
 
     name: str
     size: int
+    modified: int
     data: int
     tensors: tuple[Tensor, ...]
 
@@ -65,10 +67,12 @@ def open_shards(folder: Path, *, site: str | None = None) -> Shards:
 
 class Reader:
     """Reads chunks of one model's tensors into given buffers. At most one file is open at a time, so that many
-    contributions of many shards stay within the limit of open files (256 on macOS)."""
+    contributions of many shards stay within the limit of open files (256 on macOS). A file that is no longer what
+    `open_shards` saw, by size and time of modification, is refused: at the latest when the block ends."""
 
     def __init__(self, shards: Shards) -> None:
         self._shards = shards
+        self._seen = {shard.name: (shard.size, shard.modified) for shard in shards.files}
         self._file = ""
         self._descriptor = -1
 
@@ -85,9 +89,11 @@ class Reader:
     def _fill(self, file: str, offset: int, into: memoryview) -> None:
         path = self._shards.folder / file
         if file != self._file:
+            self._check()
             self.close()
             self._descriptor, _ = _open(path, self._shards.site)
             self._file = file
+            self._check()
         _fill(self._descriptor, offset, into, path, self._shards.site)
 
     def close(self) -> None:
@@ -95,13 +101,38 @@ class Reader:
             os.close(self._descriptor)
         self._file, self._descriptor = "", -1
 
+    def _check(self) -> None:
+        if self._descriptor < 0:
+            return
+        file, status = self._file, os.fstat(self._descriptor)
+        size, modified = self._seen[file]
+        if (status.st_size, status.st_mtime_ns) != (size, modified):
+            self.close()
+            what = "truncated" if status.st_size < size else "changed"
+            raise _refused(self._shards.folder / file, f"{what} while it was in use", self._shards.site)
+
     def __enter__(self) -> "Reader":
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.close()
+        try:
+            if kind is None:
+                self._check()
+        finally:
+            self.close()
+
+
+def small_file(path: Path, *, limit: int, site: str | None) -> bytes:
+    """The bytes of a file of text. Raises AggregationRefused for one that is too long."""
+    descriptor, status = _open(path, site)
+    try:
+        if status.st_size > limit:
+            raise _refused(path, f"{status.st_size} bytes are too many (limit {limit})", site)
+        return _bytes(descriptor, 0, status.st_size, path, site)
+    finally:
+        os.close(descriptor)
 
 
 def _refused(path: Path, reason: str, site: str | None) -> AggregationRefused:
@@ -120,15 +151,11 @@ def _weights_of(folder: Path, site: str | None) -> str:
 
 
 def _weight_map(path: Path, site: str | None) -> dict[str, str]:
-    descriptor, size = _open(path, site)
+    text = small_file(path, limit=INDEX_LIMIT, site=site)
     try:
-        if size > INDEX_LIMIT:
-            raise _refused(path, f"{size} bytes are too many for an index (limit {INDEX_LIMIT})", site)
-        return weight_map_of(_bytes(descriptor, 0, size, path, site))
+        return weight_map_of(text)
     except ValueError as error:
         raise _refused(path, str(error), site) from error
-    finally:
-        os.close(descriptor)
 
 
 def _agree(path: Path, weight_map: dict[str, str], tensors: dict[str, Tensor], site: str | None) -> None:
@@ -141,7 +168,8 @@ def _agree(path: Path, weight_map: dict[str, str], tensors: dict[str, Tensor], s
 
 
 def _shard(path: Path, site: str | None) -> Shard:
-    descriptor, size = _open(path, site)
+    descriptor, status = _open(path, site)
+    size = status.st_size
     try:
         if size < 8:
             raise _refused(path, f"truncated: {size} bytes hold no header", site)
@@ -155,11 +183,11 @@ def _shard(path: Path, site: str | None) -> Shard:
         raise _refused(path, str(error), site) from error
     finally:
         os.close(descriptor)
-    return Shard(name=path.name, size=size, data=8 + length, tensors=tensors)
+    return Shard(name=path.name, size=size, modified=status.st_mtime_ns, data=8 + length, tensors=tensors)
 
 
-def _open(path: Path, site: str | None) -> tuple[int, int]:
-    """A descriptor of a regular file, and its size; a FIFO or a device must not hold us up."""
+def _open(path: Path, site: str | None) -> tuple[int, os.stat_result]:
+    """A descriptor of a regular file, and its status; a FIFO or a device must not hold us up."""
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
     except OSError as error:
@@ -168,7 +196,7 @@ def _open(path: Path, site: str | None) -> tuple[int, int]:
     if not stat.S_ISREG(status.st_mode):
         os.close(descriptor)
         raise _refused(path, "not a regular file", site)
-    return descriptor, status.st_size
+    return descriptor, status
 
 
 def _bytes(descriptor: int, offset: int, size: int, path: Path, site: str | None) -> bytes:

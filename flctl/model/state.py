@@ -95,7 +95,9 @@ def write_state(made: Draft, *, rule: str, step: int, model: str) -> State:
     """The record beside the state's files, which are all in the draft."""
     prefix = f"{FOLDER}/"
     files = tuple(
-        replace(entry, path=entry.path.removeprefix(prefix)) for entry in made.entries if entry.path.startswith(prefix)
+        replace(entry, path=entry.path.removeprefix(prefix))
+        for entry in sorted(made.entries, key=lambda entry: entry.path)
+        if entry.path.startswith(prefix)
     )
     data = {"schema": SCHEMA, "rule": rule, "step": step, "model": model, "files": to_data(files)}
     with made.file(prefix + RECORD) as file:

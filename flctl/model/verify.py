@@ -1,17 +1,21 @@
 """The gates: may this contribution be averaged with others into a successor of its base."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import median
 
 from flctl.errors import AggregationRefused
 from flctl.model.folder import check_model
 from flctl.model.shards import CHUNK, Reader, Shards, open_shards
+from flctl.model.tied import under_the_names_of
 
-__all__ = ["Report", "check", "check_model", "match"]
+__all__ = ["Deviation", "Look", "Report", "check", "check_model", "compared", "deviation", "match"]
 
-SHOWN = 3  # names in a message
+FEWEST = 3  # others, or own past values, that say what is usual
+LEAST_SPREAD = 0.1  # of the median: a few values may lie close together by chance
+FARTHEST = 1e6  # deviations; all that is farther away is told as this
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -27,13 +31,9 @@ class Report:
 
 
 def match(theirs: Shards, ours: Shards) -> Shards:
-    """`theirs`, which has the same tensors, shapes and dtypes, whatever the shards; else AggregationRefused naming
-    tensors and site."""
-    missing = [name for name in ours.tensors if name not in theirs.tensors]
-    extra = [name for name in theirs.tensors if name not in ours.tensors]
-    for names, what in ((missing, "missing"), (extra, "not in the base")):
-        if names:
-            raise _refused(theirs, f"{_listed(names)} {'is' if len(names) == 1 else 'are'} {what}")
+    """`theirs`, which has the same tensors, shapes and dtypes, whatever the shards and the names of tied tensors; else
+    AggregationRefused naming tensors and site."""
+    theirs = under_the_names_of(ours, theirs)
     for name, tensor in ours.tensors.items():
         given = theirs.tensors[name]
         if given.shape != tensor.shape:
@@ -57,6 +57,84 @@ def check(contribution: Path, base: Path, *, site: str, chunk: int = CHUNK) -> R
         update_norm=update,
         base_norm=before,
     )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Deviation:
+    """Where a norm lies among `count` others: their median, and how far from it in their spread. None, None: they are
+    too few to judge by."""
+
+    count: int
+    median: float | None = None
+    deviations: float | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Look:
+    """What the gates before a merge saw of one contribution: the norm of its update, among the others of this merge and
+    among those its site gave before, the cosine to the mean of the updates (None: not asked for, or too few), and by
+    the gate's name (norm, cosine) why it is unusual, if it is."""
+
+    norm: float
+    others: Deviation
+    past: Deviation
+    cosine: float | None
+    reasons: Mapping[str, str]
+
+    @property
+    def judged(self) -> bool:
+        return any(figure is not None for figure in (self.others.deviations, self.past.deviations, self.cosine))
+
+    @property
+    def worst(self) -> float:
+        """The farthest of its deviations."""
+        return max(self.others.deviations or 0.0, self.past.deviations or 0.0)
+
+
+def deviation(norm: float, others: Sequence[float]) -> Deviation:
+    """|norm - median| / max(MAD, median / 10), MAD the median absolute deviation from the median (Hampel 1974,
+    doi:10.1080/01621459.1974.10482962); a norm equal to the median deviates by 0, whatever the spread."""
+    if len(others) < FEWEST:
+        return Deviation(count=len(others))
+    middle = median(others)
+    distance = abs(norm - middle)
+    spread = max(median(abs(other - middle) for other in others), LEAST_SPREAD * middle)
+    far = distance / spread if spread > distance / FARTHEST else FARTHEST
+    return Deviation(count=len(others), median=middle, deviations=far if distance else 0.0)
+
+
+def compared(
+    norms: Mapping[str, float],
+    past: Mapping[str, Sequence[float]],
+    cosines: Mapping[str, float],
+    *,
+    norm_limit: float | None,
+    cosine_limit: float | None,
+) -> dict[str, Look]:
+    """Each contribution of a merge, by any label: its update's norm against the others' and its site's `past` ones, and
+    its cosine to the mean of the updates, where that was measured. A limit of None: no judgement by that figure. Fewer
+    than 3 others, past values or contributions are too few to judge by."""
+    looks = {}
+    for label, norm in norms.items():
+        rivals = {
+            "the other updates": [other for name, other in norms.items() if name != label],
+            "this site's own before": past.get(label, ()),
+        }
+        found = {whose: deviation(norm, some if norm_limit is not None else ()) for whose, some in rivals.items()}
+        far = [
+            f"{seen.deviations:.3g} deviations from {seen.median:.4g}, the median of {whose}"
+            for whose, seen in found.items()
+            if norm_limit is not None and (seen.deviations or 0.0) > norm_limit
+        ]
+        cosine = cosines.get(label) if len(norms) >= FEWEST else None
+        reasons = {}
+        if far:
+            reasons["norm"] = f"the update's norm {norm:.4g} is {' and '.join(far)} (limit {norm_limit:g})"
+        if cosine is not None and cosine_limit is not None and cosine < cosine_limit:
+            reasons["cosine"] = f"the update's cosine to the mean is {cosine:.3g} (limit {cosine_limit:g})"
+        among, before = found.values()
+        looks[label] = Look(norm=norm, others=among, past=before, cosine=cosine, reasons=reasons)
+    return looks
 
 
 def _norms(theirs: Shards, ours: Shards, chunk: int) -> tuple[float, float]:
@@ -97,10 +175,3 @@ def _unusable(theirs: Shards, ours: Shards, name: str, chunk: int) -> Aggregatio
 
 def _refused(theirs: Shards, reason: str) -> AggregationRefused:
     return AggregationRefused(f"{theirs.folder}: {reason}", site=theirs.site)
-
-
-def _listed(names: Sequence[str]) -> str:
-    if len(names) == 1:
-        return f"tensor {names[0]!r}"
-    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
-    return f"tensors {', '.join(repr(name) for name in names[:SHOWN])}{more}"

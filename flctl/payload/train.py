@@ -311,7 +311,11 @@ def save_model(model: Any, dtypes: dict[str, torch.dtype | None], out: Path) -> 
     try:
         with tempfile.TemporaryDirectory(prefix=".saving-", dir=out) as folder:
             model.save_pretrained(folder)
-            odd = set(stored_dtypes(folder)) ^ set(dtypes)
+            # A tied tensor is one, whichever of its names a writer uses: all of them lie in one place.
+            places = {name: tensor.data_ptr() for name, tensor in model.state_dict().items()}
+            written = {places.get(name, name): name for name in stored_dtypes(folder)}
+            held = {places.get(name, name): name for name in dtypes}
+            odd = [{**written, **held}[place] for place in written.keys() ^ held.keys()]
             if odd:
                 raise Refused(
                     f"transformers writes other tensors than the base holds ({min(odd)}): open the base with "

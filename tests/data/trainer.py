@@ -1,6 +1,7 @@
 """A trainer that is not PyTorch: a small user of the job contract, for tests of everything around it.
 
-`train.behave` of the order says what it does: good | fail | nan | shape | missing | hang | silent."""
+`train.behave` of the order says what it does: good | fail | nan | shape | missing | hang | silent; `train.scale` how
+far it goes at random, `train.shift` how far all values go in one direction."""
 
 import json
 import os
@@ -30,7 +31,8 @@ if behave == "silent":
 tensors = load_file(Path(os.environ["FLCTL_MODEL"]) / "model.safetensors")
 dice = numpy.random.default_rng(int(os.environ["FLCTL_SEED"]))
 for name, tensor in tensors.items():
-    tensors[name] = (tensor + 0.01 * dice.standard_normal(tensor.shape)).astype(tensor.dtype)
+    step = order["train"].get("scale", 0.01) * dice.standard_normal(tensor.shape) + order["train"].get("shift", 0.0)
+    tensors[name] = (tensor + step).astype(tensor.dtype)
 first = sorted(tensors)[0]
 if behave == "nan":
     tensors[first].flat[0] = numpy.nan

@@ -7,13 +7,20 @@ from pathlib import Path
 
 from flctl.campaign import shipped
 from flctl.campaign.config import Configuration
+from flctl.campaign.merge_files import sizes_of, state_files, state_name
+from flctl.campaign.merging import STATE
 from flctl.campaign.session import Place, Session
 from flctl.campaign.steps.attempt import attempt_name, remote_folder
 from flctl.campaign.workspace import write_atomic
 from flctl.errors import ConfigurationError, TransferFailed
 from flctl.facility.script import job_script
 from flctl.facility.shell import MISSING, Answer, read_file
-from flctl.records import FileEntry, Order, Run, Stage, Subject, Work, from_data, seed_of, to_data
+from flctl.records import FileEntry, Order, Run, SiteMerge, Stage, Subject, Work, from_data, seed_of, to_data
+
+SETTLING = 30.0
+"""Seconds before a merge's walltime is over, on top of those for hashing, by which it must be complete."""
+SEALING_RATE = 50e6 / 3
+"""Bytes per second at which a job's output is flushed, read and hashed at least."""
 
 
 def deliver(session: Session, run: Run, configuration: Configuration) -> Run:
@@ -23,7 +30,12 @@ def deliver(session: Session, run: Run, configuration: Configuration) -> Run:
     write_atomic(folder / "job.sh", render_job(session, run).encode())
     write_atomic(folder / "order.json", order_json(session, run, configuration))
     # A second attempt trusts nothing: the first may have failed because something there is not what it was.
-    session.place_all(_model_places(session, run), hashed=run.attempt > 1)
+    places = _model_places(session, run)
+    if run.order.merge is not None:
+        session.place_merger()
+        session.place_all(places[:1], hashed=run.attempt > 1)
+        _gather_own(session, run, places)
+    session.place_all(places, hashed=run.attempt > 1)
     answers = session.ask({"order": read_file(target / "order.json")})
     if answers["order"].status == MISSING:
         session.place(folder, [entry_of(folder / name) for name in ("job.sh", "order.json")], target, aside=False)
@@ -34,7 +46,8 @@ def deliver(session: Session, run: Run, configuration: Configuration) -> Run:
 
 def render_job(session: Session, run: Run) -> str:
     """The job script of an attempt, from the campaign's template for the site's scheduler."""
-    return job_script(
+    merges = run.order.work == Work.MERGE
+    script = job_script(
         session.site,
         read_template(session.workspace.root / "templates", session.site.scheduler.kind),
         token=run.job.token,
@@ -43,7 +56,15 @@ def render_job(session: Session, run: Run) -> str:
         workdir=session.root,
         payload=session.payload,
         data=session.data,
+        program=session.merger if merges else None,
     )
+    if merges and str(session.merger) not in script:
+        template = session.workspace.root / "templates" / f"{session.site.scheduler.kind}.sh"
+        raise ConfigurationError(
+            f"{template} names no {{{{trainer}}}}, so its jobs cannot merge",
+            hint='put it where the program is run, or merge here: aggregate_at = "" in flctl.toml',
+        )
+    return script
 
 
 def read_template(folder: Path, kind: str) -> str:
@@ -78,6 +99,9 @@ def order_json(session: Session, run: Run, configuration: Configuration) -> byte
         "train": configuration.train | session.site.train,
         "subjects": to_data(order.subjects),
     }
+    if order.merge is not None:
+        data["merge"] = to_data(order.merge)
+        data["margin"] = SETTLING + sum(sizes_of(workspace, order).values()) / SEALING_RATE
     return (json.dumps(data, indent=1, ensure_ascii=False, sort_keys=True) + "\n").encode()
 
 
@@ -87,7 +111,9 @@ def _model_places(session: Session, run: Run) -> list[Place]:
     names = [subject.name for subject in run.order.subjects] or [f"{run.order.base:04d}"]
     places: list[Place] = []
     for name in names:
-        if name.isdigit():
+        if name == state_name(run.order.base):
+            source, entries = workspace.model_folder(run.order.base) / STATE, state_files(workspace, run.order.base)
+        elif name.isdigit():
             source, files = workspace.model_folder(int(name)), workspace.model_record(int(name))["files"]
             entries = tuple(from_data(FileEntry, item) for item in files)
         else:
@@ -97,6 +123,18 @@ def _model_places(session: Session, run: Run) -> list[Place]:
             entries = contribution.files if contribution else ()
         places.append((source, entries, session.root / "models" / name))
     return places
+
+
+def _gather_own(session: Session, run: Run, places: list[Place]) -> None:
+    """What the site itself contributed to the merge need not travel: its weights lie in its run's folder, the rest is
+    the base's."""
+    parts = {part.name: part for part in run.order.merge.parts} if run.order.merge else {}
+    for _, entries, place in places:
+        part = parts.get(place.name)
+        if part is not None and part.site == run.site:
+            number, attempt = place.name.rsplit("-", 2)[1:]
+            made = session.root / "runs" / f"{number}-{attempt}" / "out"
+            session.gather(entries, (made, places[0][2]), place)
 
 
 def _adopt(run: Run, answer: Answer) -> Run:
@@ -114,6 +152,7 @@ def _adopt(run: Run, answer: Answer) -> Run:
             global_step=order["global_step"],
             total_steps=order["total_steps"],
             subjects=tuple(from_data(Subject, item) for item in order.get("subjects", [])),
+            merge=from_data(SiteMerge, order["merge"]) if "merge" in order else None,
         )
     except (ValueError, KeyError, TypeError) as error:
         raise TransferFailed(

@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from flctl.campaign.config import Configuration
+from flctl.campaign.merge_files import allowed, check_made, own_files
 from flctl.campaign.session import Session, clean
 from flctl.campaign.steps.attempt import attempt_name, remote_folder
 from flctl.campaign.workspace import fsync_folder
 from flctl.errors import AggregationRefused, BudgetRefused, JobFailed
-from flctl.records import FileEntry, Run, Stage, Work, folder_sha256, to_data
+from flctl.records import Contribution, FileEntry, Run, Stage, Work, folder_sha256, to_data
 
 PLAIN_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,200}")
 
@@ -29,6 +30,8 @@ def fetch(session: Session, run: Run, configuration: Configuration) -> Run:
     from flctl.model.manifest import hash_folder
     from flctl.model.verify import check as gate
 
+    if run.order.work == Work.MERGE:
+        return _fetch_merge(session, run, contribution)
     workspace = session.workspace
     folder, base = workspace.attempt_folder(run), workspace.model_folder(run.order.base)
     draft = folder / ".out.part"
@@ -45,6 +48,31 @@ def fetch(session: Session, run: Run, configuration: Configuration) -> Run:
         report = gate(folder / "out", base, site=run.site)
     entries = hash_folder(folder / "out")
     contribution = replace(contribution, files=entries, sha256=folder_sha256(entries), gates=to_data(report))
+    return replace(run, stage=Stage.FETCHED, contribution=contribution)
+
+
+def _fetch_merge(session: Session, run: Run, contribution: Contribution) -> Run:
+    """The model that a site made, and its rule's state: verified, checked, through the gates."""
+    from flctl.model.manifest import hash_folder
+    from flctl.model.verify import check as gate
+
+    workspace = session.workspace
+    folder, base = workspace.attempt_folder(run), workspace.model_folder(run.order.base)
+    out, draft = folder / "out", folder / ".out.part"
+    if not out.exists():
+        session.bring(remote_folder(session, run) / "out", allowed(workspace, run, contribution.files), draft)
+        carry(base, draft, index=True)
+    place = out if out.exists() else draft
+    session.report("checking", 0, 0)
+    report = gate(place, base, site=run.site)
+    files = hash_folder(place)
+    check_made(workspace, run, place, files)
+    if place == draft:
+        for name, _, _ in os.walk(draft):
+            fsync_folder(Path(name))
+        draft.rename(out)
+        fsync_folder(folder)
+    contribution = replace(contribution, files=files, sha256=folder_sha256(own_files(files)), gates=to_data(report))
     return replace(run, stage=Stage.FETCHED, contribution=contribution)
 
 
@@ -70,13 +98,14 @@ def _allowed(
     return chosen
 
 
-def carry(base: Path, folder: Path) -> None:
-    """Copy what travels with a model (config, tokenizer) from its base, so that any library can open the folder."""
+def carry(base: Path, folder: Path, *, index: bool = False) -> None:
+    """Copy what travels with a model (config, tokenizer) from its base, so that any library can open the folder.
+    `index`: and the index of the weights, where their shards are the base's."""
     from flctl.model.manifest import carried_files
     from flctl.model.shards import open_shards
 
     for name in carried_files(open_shards(base)):
-        if not name.endswith(".index.json") and not (folder / name).exists():
+        if (index or not name.endswith(".index.json")) and not (folder / name).exists():
             (folder / name).parent.mkdir(mode=0o700, parents=True, exist_ok=True)
             shutil.copyfile(base / name, folder / name)
             with (folder / name).open("rb") as file:

@@ -13,7 +13,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from flctl.errors import ConfigurationError
-from flctl.model.rules import averaging
+from flctl.model.rules import averaging, optimisers, robust
 from flctl.model.rules.averaging import NoOptions
 
 if TYPE_CHECKING:
@@ -43,8 +43,10 @@ class Facts:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rule:
     """`step` maps one chunk to the new model's values and the new state. It must not change what it is given, must
-    treat every value alike (chunks may be cut anywhere), and may use no fused multiply-add.
+    treat every value alike (chunks may be cut anywhere), and may use only what rounds alike on every machine: + - * /
+    and comparisons, each on its own; not addcmul or add(alpha=), which fuse, nor torch's sqrt, exp, log or pow.
     `state`: the names of its state tensors; each has the shape of its weight tensor, in float32 (float64 for float64).
+    `idle`: those of them that these options never look at again, so that they are neither kept nor read.
     `options`: a frozen dataclass of named options with defaults; ValueError in its __post_init__ is told to the user.
     `coefficients`: one number per contribution; 0 leaves it out, unread.
     `refusal`: why so many contributions cannot be merged by this rule; empty if they can.
@@ -53,11 +55,17 @@ class Rule:
 
     step: "Callable[[Inputs, Any], Step]"
     state: tuple[str, ...] = ()
+    idle: Callable[[Any], tuple[str, ...]] = lambda options: ()
     options: type = NoOptions
     coefficients: Callable[[Facts, Any], tuple[float, ...]] = averaging.normalised
     refusal: Callable[[int, Any], str] = lambda count, options: ""
     stacked: bool = False
     bounded: bool = False
+
+    def with_options(self, options: Any) -> "Rule":
+        """The rule without the state tensors that these options leave idle."""
+        idle = self.idle(options)
+        return dataclasses.replace(self, state=tuple(name for name in self.state if name not in idle))
 
 
 RULES: Mapping[str, Rule] = MappingProxyType(
@@ -71,6 +79,61 @@ RULES: Mapping[str, Rule] = MappingProxyType(
             coefficients=averaging.fednova_coefficients,
             bounded=True,
         ),
+        "fedavgm": Rule(
+            step=optimisers.fedavgm,
+            state=("momentum",),
+            idle=optimisers.idle_momentum,
+            options=optimisers.FedAvgM,
+            bounded=True,
+        ),
+        "fedadagrad": Rule(
+            step=optimisers.fedadagrad,
+            state=("momentum", "variance"),
+            idle=optimisers.idle_momentum,
+            options=optimisers.FedAdagrad,
+            bounded=True,
+        ),
+        "fedadam": Rule(
+            step=optimisers.fedadam,
+            state=("momentum", "variance"),
+            idle=optimisers.idle_momentum,
+            options=optimisers.FedAdam,
+            bounded=True,
+        ),
+        "fedyogi": Rule(
+            step=optimisers.fedyogi,
+            state=("momentum", "variance"),
+            idle=optimisers.idle_momentum,
+            options=optimisers.FedYogi,
+            bounded=True,
+        ),
+        "diloco": Rule(
+            step=optimisers.diloco,
+            state=("momentum",),
+            idle=optimisers.idle_momentum,
+            options=optimisers.DiLoCo,
+            bounded=True,
+        ),
+        "median": Rule(step=robust.median, coefficients=robust.alike, refusal=robust.too_few, stacked=True),
+        "trimmed_mean": Rule(
+            step=robust.trimmed_mean,
+            options=robust.TrimmedMean,
+            coefficients=robust.alike,
+            refusal=robust.trims_nothing,
+            stacked=True,
+        ),
+        "krum": Rule(
+            step=averaging.fedavg,
+            options=robust.Krum,
+            coefficients=robust.krum_choice,
+            refusal=robust.krum_needs,
+        ),
+        "multikrum": Rule(
+            step=averaging.fedavg,
+            options=robust.MultiKrum,
+            coefficients=robust.multikrum_choice,
+            refusal=robust.krum_needs,
+        ),
     }
 )
 
@@ -81,10 +144,16 @@ def find_rule(name: str) -> Rule:
         return RULES[name]
     from importlib.metadata import entry_points
 
-    for entry in entry_points(group=GROUP, name=name):
-        rule = entry.load()
+    entries = {entry.value: entry for entry in entry_points(group=GROUP, name=name)}
+    if len(entries) > 1:
+        raise ConfigurationError(f"the rule {name!r} is registered by {' and by '.join(sorted(entries))}; one must go")
+    for place, entry in entries.items():
+        try:
+            rule = entry.load()
+        except Exception as error:  # whatever a foreign module raises when it is imported
+            raise ConfigurationError(f"the rule {name!r} of {place} cannot be loaded: {error}") from error
         if not isinstance(rule, Rule):
-            raise ConfigurationError(f"rule {name!r} of {entry.value} is no flctl.model.rules.Rule")
+            raise ConfigurationError(f"the rule {name!r} of {place} is no flctl.model.rules.Rule")
         return rule
     known = [*RULES, *entry_points(group=GROUP).names]
     close = get_close_matches(name, known, 1)

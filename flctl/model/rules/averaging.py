@@ -7,6 +7,7 @@ import math
 import struct
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import repeat
 from typing import TYPE_CHECKING
 
 from flctl.errors import AggregationRefused
@@ -74,10 +75,15 @@ def _length(steps: int, o: FedNova) -> float:
     if steps < 1:
         raise AggregationRefused("fednova needs the number of local steps of every contribution")
     if o.momentum:
-        return (steps - o.momentum * (1 - o.momentum**steps) / (1 - o.momentum)) / (1 - o.momentum)
+        return (steps - o.momentum * (1 - power(o.momentum, steps)) / (1 - o.momentum)) / (1 - o.momentum)
     if o.mu:
-        return (1 - (1 - o.lr * o.mu) ** steps) / (o.lr * o.mu)
+        return (1 - power(1 - o.lr * o.mu, steps)) / (o.lr * o.mu)
     return float(steps)
+
+
+def power(base: float, exponent: int) -> float:
+    """By multiplication, as pow() may differ in the last bit between two systems."""
+    return math.prod(repeat(base, exponent))
 
 
 def shares(weights: Sequence[float]) -> tuple[float, ...]:
