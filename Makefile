@@ -48,6 +48,6 @@ bench: setup
 bench-aggregate: setup
 	@$(BIN)/python -m bench.aggregate $(if $(SCALING),--scaling) $(if $(JSON),--json $(JSON))
 
-SECONDS ?= 60
+# With atheris, if it is installed (pip install -e '.[fuzz]'); else with a mutator of its own.
 fuzz: setup-test
-	@$(BIN)/python -m tests.fuzz_header --seconds $(SECONDS)
+	@$(BIN)/python -m tests.fuzz_header $(or $(SECONDS),60)

@@ -373,9 +373,9 @@ def test_a_weight_that_is_not_positive_is_refused(tmp_path: Path) -> None:
 # Memory
 
 MEASURE = """
-import re, sys, torch
+import json, re, sys, torch
 from pathlib import Path
-from flctl.model.merge import Source, merge
+from flctl.model.merge import Recipe, Source, merge
 from flctl.model.verify import check
 def peak():  # not ru_maxrss, which a process inherits from the one that started it
     return int(re.search(r"VmHWM:\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024
@@ -385,13 +385,25 @@ Path("/proc/self/clear_refs").write_text("5")  # the peak so far is forgotten: l
 before = peak()
 sources = [Source(site=f"s{n:02}", number=1, folder=root / "model", weight=1) for n in range(int(sys.argv[2]))]
 check(root / "model", root / "model", site="s00")
-merge(root / "model", sources, root / "draft")
+merge(root / "model", sources, root / "draft", recipe=Recipe(**json.loads(sys.argv[3])), threads=int(sys.argv[4]))
 print(peak() - before)
 """
 
 
-@pytest.mark.parametrize(("megabytes", "contributions"), [(200, 3), (50, 16)])
-def test_memory_stays_within_60_megabytes_over_torch(megabytes: int, contributions: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("megabytes", "contributions", "recipe", "threads", "limit"),
+    [
+        (200, 3, {}, 1, 60e6),
+        (50, 16, {}, 1, 60e6),
+        (50, 16, {}, 4, 80e6),
+        (50, 16, {"rule": "fedadam", "master": True}, 4, 120e6),
+        (50, 16, {"rule": "median"}, 4, 130e6),
+        (50, 16, {"rule": "krum"}, 4, 100e6),
+    ],
+)
+def test_memory_over_torch_is_bounded(
+    megabytes: int, contributions: int, recipe: dict[str, object], threads: int, limit: float, tmp_path: Path
+) -> None:
     """Whatever the model (the file is a hole, so that it costs no disk) and the number of contributions."""
     elements = megabytes * 500_000
     header = {"w": {"dtype": "BF16", "shape": [elements], "data_offsets": [0, elements * 2]}}
@@ -401,9 +413,10 @@ def test_memory_stays_within_60_megabytes_over_torch(megabytes: int, contributio
         file.write(len(text).to_bytes(8, "little") + text)
         file.truncate(8 + len(text) + elements * 2)
     command = [sys.executable, "-c", MEASURE, str(tmp_path), str(contributions)]
+    command += [json.dumps(recipe), str(threads)]
     growth = int(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
-    (tmp_path / "draft" / "model.safetensors").unlink()
-    assert growth < 60e6
+    shutil.rmtree(tmp_path / "draft")
+    assert growth < limit
 
 
 # transformers opens what we wrote
