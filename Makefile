@@ -36,7 +36,7 @@ lint: setup-test
 	$(BIN)/ruff format --check flctl tests bench
 	$(BIN)/mypy
 	$(BIN)/lint-imports
-	$(BIN)/vermin -q -t=3.6- --no-tips flctl/payload/seal.py flctl/payload/batch.py
+	$(BIN)/vermin -q -t=3.6- --no-tips flctl/payload/seal.py flctl/payload/batch.py flctl/model/__main__.py
 
 docs: setup
 	@$(BIN)/python -m tests.commands_page
