@@ -1,0 +1,1 @@
+"""What an aggregation costs: flctl beside other libraries and beside plain reading and writing. Linux only."""
