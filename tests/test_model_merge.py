@@ -459,3 +459,69 @@ def test_transformers_opens_the_merged_model(tied: bool, tmp_path: Path) -> None
         assert state[name].view(torch.int16).numpy().tobytes() == bits.tobytes()
     assert (opened.lm_head.weight.data_ptr() == opened.model.embed_tokens.weight.data_ptr()) is tied
     assert opened(torch.arange(8).unsqueeze(0)).logits.isfinite().all()
+
+
+# Many tensors, many contributions
+
+
+def test_master_weights_of_a_sharded_model_that_needs_none_do_not_stand_in_the_way(tmp_path: Path) -> None:
+    """float32 weights are their own master: nothing is kept, and the next merge goes on."""
+    rng = np.random.default_rng(2)
+    models = [{f"w{i}": ("F32", rng.normal(size=20).astype(np.float32)) for i in range(3)} for _ in range(2)]
+    split = {"w0": "1", "w1": "2", "w2": "2"}
+    base = write_weights(tmp_path / "base", models[0], split)
+    given_sources = [Source(site="brno", number=1, folder=write_weights(tmp_path / "a", models[1], split), weight=1)]
+    for rule in ("fedavg", "fedavgm"):
+        recipe, state, current = Recipe(rule=rule, master=True), None, base
+        for turn in (1, 2):
+            made = merge(current, given_sources, tmp_path / f"{rule}-{turn}", recipe=recipe, state=state)
+            current, state = tmp_path / f"{rule}-{turn}", made.state
+            assert not (current / "state" / "master").exists()
+        assert (state is not None and state.step == 2) is (rule == "fedavgm")
+
+
+def test_a_model_without_a_tensor_is_refused(tmp_path: Path) -> None:
+    base = write_weights(tmp_path / "base", {})
+    with pytest.raises(AggregationRefused, match="no tensor"):
+        merge(base, sources(tmp_path, [{}], [1]), tmp_path / "draft")
+
+
+FEW_FILES = """
+import resource, sys
+from pathlib import Path
+hard = int(sys.argv[3])
+resource.setrlimit(resource.RLIMIT_NOFILE, (min(64, hard), hard))
+from flctl.errors import FlctlError
+from flctl.model.merge import Recipe, Source, merge
+root = Path(sys.argv[1])
+sources = [Source(site=f"s{n:03}", number=1, folder=root / "model", weight=1) for n in range(100)]
+try:
+    made = merge(root / "model", sources, root / "draft", threads=4, recipe=Recipe(rule=sys.argv[2]))
+except FlctlError as error:
+    sys.exit(f"{error.code} {error}")
+"""
+
+
+@pytest.mark.parametrize("rule", ["fedavg", "krum"])
+def test_the_limit_of_open_files_is_raised_or_fewer_are_held_or_it_is_said(rule: str, tmp_path: Path) -> None:
+    """Six workers would hold 600 files of 100 contributions: 2000 are enough, 256 for one or two workers."""
+    write_weights(tmp_path / "model", small(1))
+    for hard, fits in ((2000, True), (256, True), (120, False)):
+        command = [sys.executable, "-c", FEW_FILES, str(tmp_path), rule, str(hard)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if fits:
+            assert done.returncode == 0, done.stderr
+            shutil.rmtree(tmp_path / "draft")
+        else:
+            assert "configuration" in done.stderr
+            assert "files must be open at once, and this system allows 120" in done.stderr
+            assert not (tmp_path / "draft").exists()
+
+
+def test_many_tensors_of_many_contributions_take_little_memory(tmp_path: Path) -> None:
+    """20,000 tensors of 16 contributions; each a full record of its own took 490 bytes more."""
+    value = np.ones(4, np.float16)
+    write_weights(tmp_path / "model", {f"model.layers.{i}.experts.weight": ("F16", value) for i in range(20_000)})
+    command = [sys.executable, "-c", MEASURE, str(tmp_path), "16", "{}", "1"]
+    growth = int(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+    assert growth < 110e6

@@ -1,6 +1,7 @@
 """The arithmetic: every rounding is where the formula puts it."""
 
 from fractions import Fraction
+from typing import Any
 
 import numpy as np
 import pytest
@@ -8,9 +9,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flctl.errors import AggregationRefused
+from flctl.errors import AggregationRefused, ConfigurationError
 from flctl.model.chunks import DTYPES, stays_finite
-from flctl.model.rules.averaging import shares, single, weighted
+from flctl.model.rules import RULES, Facts, NoOptions, options_of
+from flctl.model.rules.averaging import convex, final, normalised, power, shares, single, weighted
 from tests.checkpoints import FLOATS, NUMPY, random_values, reference_fedavg, to_bf16
 
 weights = st.lists(st.integers(1, 10**12), min_size=1, max_size=5)
@@ -106,3 +108,38 @@ def test_a_sum_that_leaves_the_range_of_the_dtype_is_seen(value: float, dtype: t
     total = torch.zeros(100)
     total[57] = value
     assert stays_finite(total, dtype) is expected
+
+
+@pytest.mark.parametrize("weights", [(1e308, 1e308), (2.0**101, 1.0), (float("inf"), 1.0)])
+@pytest.mark.parametrize("coefficients", [normalised, final, convex])
+def test_a_weight_beyond_what_sums_can_hold_is_refused(coefficients: Any, weights: tuple[float, ...]) -> None:
+    facts = Facts(weights=weights, steps=(1, 1), gram=list)
+    with pytest.raises(AggregationRefused, match="at most 2\\^100"):
+        coefficients(facts, NoOptions())
+
+
+@pytest.mark.parametrize("steps", [0, -1, 10**20, int("9" * 400)])
+def test_a_number_of_local_steps_that_cannot_be_is_refused_at_once(steps: int) -> None:
+    facts = Facts(weights=(1.0, 1.0), steps=(5, steps), gram=list)
+    for options in ({}, {"momentum": 0.9}, {"lr": 0.1, "mu": 0.1}):
+        with pytest.raises(AggregationRefused, match="number of local steps"):
+            RULES["fednova"].coefficients(facts, options_of("fednova", options))
+
+
+def test_an_option_that_no_float_can_hold_is_refused() -> None:
+    with pytest.raises(ConfigurationError, match="fedadam"):
+        options_of("fedadam", {"lr": int("9" * 400)})
+
+
+@given(base=st.floats(0, 1), exponent=st.integers(0, 300))
+def test_a_power_is_that_of_exact_arithmetic_to_a_few_roundings(base: float, exponent: int) -> None:
+    exact = Fraction(base) ** exponent
+    if exact > Fraction(2) ** -900:
+        assert abs(Fraction(power(base, exponent)) / exact - 1) < Fraction(2, 10**13)
+
+
+@pytest.mark.parametrize(("rule", "count"), [("krum", 2), ("multikrum", 1), ("krum", 4)])
+def test_krum_says_how_many_contributions_it_needs(rule: str, count: int) -> None:
+    reason = RULES[rule].refusal(count, options_of(rule, {}))
+    assert "needs at least 5 (n >= 2f + 3)" in reason
+    assert ("no robust rule can work with fewer than 3" in reason) is (count < 3)

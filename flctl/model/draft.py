@@ -70,6 +70,7 @@ class Draft:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.entries: list[FileEntry] = []
+        self.settled = False
         self._flusher = ThreadPoolExecutor(max_workers=1, thread_name_prefix="flush")
 
     @contextmanager
@@ -102,7 +103,8 @@ class Draft:
                 target.write(block)
 
     def settle(self) -> None:
-        """The names of the files, too, are on the disk for good."""
+        """The names of the files, too, are on the disk for good. At the latest the end of `fresh_draft` sees to it."""
+        self.settled = True
         for folder, _, _ in os.walk(self.folder):
             descriptor = os.open(folder, os.O_RDONLY)
             try:
@@ -127,7 +129,8 @@ def fresh_draft(folder: Path, *, needed: int) -> Iterator[Draft]:
     try:
         _room(folder, needed)
         yield made
-        made.settle()
+        if not made.settled:
+            made.settle()
     except OSError as error:
         shutil.rmtree(folder, ignore_errors=True)
         raise translated(error, folder) from error

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 
 from flctl.errors import AggregationRefused, Interrupted
-from flctl.model.pipeline import default_threads, in_order
+from flctl.model.pipeline import default_threads, desks_for, in_order
 from flctl.model.shards import Reader, Shards, Tensor
 
 # These three are part of what the bits are.
@@ -42,11 +42,14 @@ def gram(
     own = [base or ours for base in bases]
     pairs = [(i, j) for i in range(len(theirs)) for j in range(i, len(theirs))]
     totals = [Fraction(0)] * len(pairs)
-    workers = max(1, min(threads or default_threads() + 1, MEMORY // _Desk.size(len(theirs)) - 1))
+    wanted = min(threads or default_threads() + 1, MEMORY // _Desk.size(len(theirs)) - 1) + 1
+    count = desks_for(max(2, wanted), files=len(theirs) + len({base.folder for base in own}))
     with ExitStack() as stack:
         stack.enter_context(steady_arithmetic())
-        desks = [_Desk(theirs, own, stack) for _ in range(workers + 1)]
-        pool = stack.enter_context(ThreadPoolExecutor(workers, thread_name_prefix="gram", initializer=single_threaded))
+        desks = [_Desk(theirs, own, stack) for _ in range(count)]
+        pool = stack.enter_context(
+            ThreadPoolExecutor(max(1, count - 1), thread_name_prefix="gram", initializer=single_threaded)
+        )
         for sums in in_order(_spans(ours, stop or _never), desks, _Desk.products, pool):
             for place, value in enumerate(sums):
                 totals[place] += Fraction(value)

@@ -68,6 +68,12 @@ class Job:
     scales: Mapping[tuple[str, int], float]
     """what clips each update; empty where none is clipped"""
 
+    @property
+    def files(self) -> int:
+        """The files that one worker holds open."""
+        given = self.given
+        return 1 + len(given.theirs) + sum(base is not None for base in given.bases) + len(given.state)
+
     def within_memory(self, workers: int) -> int:
         """The chunk, made smaller where so many workers' buffers would take more than MEMORY."""
         precise = any(tensor.dtype == "F64" for tensor in self.given.ours.tensors.values())
@@ -92,8 +98,13 @@ def prepared(
     sources = ordered(contributions)
     if reason := rule.refusal(len(sources), options):
         raise AggregationRefused(f"{recipe.rule}: {reason}")
-    theirs = [match(open_shards(source.folder, site=source.site), ours) for source in sources]
-    bases = _bases(sources, ours)
+    if not ours.tensors:
+        raise AggregationRefused(f"{base}: no tensor, so nothing to merge")
+    places = {name: place for place, name in enumerate(ours.tensors)}
+    theirs = [
+        match(open_shards(source.folder, site=source.site), ours).compact(ours.tensors, places) for source in sources
+    ]
+    bases = _bases(sources, ours, places)
     facts = Facts(
         weights=tuple(source.weight for source in sources),
         steps=tuple(source.steps for source in sources),
@@ -102,8 +113,9 @@ def prepared(
     coefficients = rule.coefficients(facts, options)
     used = [place for place, coefficient in enumerate(coefficients) if coefficient]
     scales, noise = _private(recipe, rule, sources, coefficients, facts)
-    outputs = (*rule.state, *([MASTER] if recipe.master else ()))
-    layouts = (model_layout(ours), *(state_layout(ours, name) for name in outputs))
+    layouts = {name: state_layout(ours, name) for name in (*rule.state, *([MASTER] if recipe.master else ()))}
+    layouts = {name: layout for name, layout in layouts.items() if layout.tensors}
+    own = model_layout(ours)
     given = Given(
         ours=ours,
         theirs=tuple(theirs[place] for place in used),
@@ -111,17 +123,18 @@ def prepared(
         bases=tuple(bases[place] for place in used),
         scales=tuple(scales[place] for place in used) if scales else (1.0,) * len(used),
         noise=noise,
-        state=_remembered(state, recipe, rule, layouts),
+        state=_remembered(state, recipe, layouts),
         step=state.step + 1 if state and state.rule == recipe.rule else 1,
     )
     return Job(
         rule=rule,
         options=options,
         given=given,
-        layouts=layouts,
-        outputs=outputs,
+        layouts=(own, *layouts.values()),
+        outputs=tuple(layouts),
         carried=carried,
-        needed=sum(layout.size for layout in layouts) + sum((base / path).stat().st_size for path in carried),
+        needed=sum(layout.size for layout in (own, *layouts.values()))
+        + sum((base / path).stat().st_size for path in carried),
         chunk=max(1, min(chunk, STACKED // len(sources))) if rule.stacked else chunk,
         coefficients={(s.site, s.number): c for s, c in zip(sources, coefficients, strict=True)},
         scales={(s.site, s.number): scale for s, scale in zip(sources, scales, strict=True)} if scales else {},
@@ -147,32 +160,28 @@ def _private(
     return scales, Noise(seed=privacy.seed, deviation=deviation)
 
 
-def _bases(sources: Sequence[Source], ours: Shards) -> list[Shards | None]:
+def _bases(sources: Sequence[Source], ours: Shards, places: Mapping[str, int]) -> list[Shards | None]:
     """What each contribution was trained from, opened once per folder; None: the base of the merge."""
     opened: dict[Path, Shards] = {}
     for source in sources:
         if source.base is not None and source.base != ours.folder and source.base not in opened:
-            opened[source.base] = match(open_shards(source.base), ours)
+            opened[source.base] = match(open_shards(source.base), ours).compact(ours.tensors, places)
     return [opened.get(source.base) if source.base else None for source in sources]
 
 
-def _remembered(state: State | None, recipe: Recipe, rule: Rule, layouts: Sequence[Layout]) -> dict[str, Shards]:
+def _remembered(state: State | None, recipe: Recipe, layouts: Mapping[str, Layout]) -> dict[str, Shards]:
     """The state tensors to go on from: the rule's own, if the same rule left them, and the master weights."""
     found: dict[str, Shards] = {}
-    if state is None:
-        return found
-    names = [name for name in rule.state if state.rule == recipe.rule and state.has(name)]
-    if recipe.master and state.has(MASTER):
-        names.append(MASTER)
-    places = {layout.folder: layout.tensors for layout in layouts}
-    for name in names:
-        shards = state.shards(name)
-        expected = places[f"state/{name}"]
-        if {n: (t.dtype, t.shape) for n, t in shards.tensors.items()} != {
-            n: (t.dtype, t.shape) for n, t in expected.items()
-        }:
+    for name, layout in layouts.items():
+        if state is None or not state.has(name) or (name != MASTER and state.rule != recipe.rule):
+            continue
+        shards, expected = state.shards(name), layout.tensors
+        if shards.tensors.keys() != expected.keys() or any(
+            (tensor.dtype, tensor.shape) != (expected[key].dtype, expected[key].shape)
+            for key, tensor in shards.tensors.items()
+        ):
             raise AggregationRefused(f"{shards.folder}: its tensors are not those of the model")
-        found[name] = shards
+        found[name] = shards.compact(expected, {key: place for place, key in enumerate(expected)})
     return found
 
 

@@ -13,7 +13,7 @@ from flctl.model.draft import Draft, DraftFile, fresh_draft, joined_draft
 from flctl.model.header import ITEMSIZE
 from flctl.model.job import Job, Recipe, Source, prepared
 from flctl.model.manifest import hash_file, hash_folder
-from flctl.model.pipeline import SPARE, default_threads, in_order
+from flctl.model.pipeline import SPARE, default_threads, desks_for, in_order
 from flctl.model.ranks import ALONE, Ranks
 from flctl.model.shards import CHUNK, Shard
 from flctl.model.state import FOLDER, Layout, State, write_state
@@ -59,11 +59,11 @@ def merge(
     system. Whatever is raised (AggregationRefused, BudgetRefused, ConfigurationError, Interrupted), the draft is gone
     and nothing else was touched."""
     with steady_arithmetic():
-        threads = threads or default_threads()
         job = ranks.together(lambda: prepared(base, contributions, recipe, state, chunk, stop or _never))
-        job = replace(job, chunk=min(ranks.gathered(job.within_memory(threads + SPARE))))
+        desks = ranks.together(lambda: desks_for((threads or default_threads()) + SPARE, files=job.files))
+        job = replace(job, chunk=min(ranks.gathered(job.within_memory(desks))))
         with _draft(draft, job, ranks) as made:
-            ranks.together(lambda: _write(made, job, ranks, threads, progress or _silent, stop or _never))
+            ranks.together(lambda: _write(made, job, ranks, desks, progress or _silent, stop or _never))
             if ranks.size > 1:
                 _enter_shared(made, job, ranks)
             whole = ranks.together(lambda: _complete(made, base, job, recipe) if ranks.first else None)
@@ -82,15 +82,14 @@ def _write(
     made: Draft,
     job: Job,
     ranks: Ranks,
-    threads: int,
+    desks: int,
     progress: Callable[[int], None],
     stop: Callable[[], bool],
 ) -> None:
     """This rank's pieces of all files."""
     with ExitStack() as stack:
-        workers = [
-            Worker(job.given, job.rule, job.options, job.outputs, job.chunk, stack) for _ in range(threads + SPARE)
-        ]
+        workers = [Worker(job.given, job.rule, job.options, job.outputs, job.chunk, stack) for _ in range(desks)]
+        threads = max(1, desks - SPARE)
         pool = stack.enter_context(ThreadPoolExecutor(threads, thread_name_prefix="merge", initializer=single_threaded))
         done = 0
         for pieces, shard in _shared_out(job, ranks):
@@ -174,6 +173,7 @@ def _complete(made: Draft, base: Path, job: Job, recipe: Recipe) -> Made:
     state = None
     if job.outputs:
         state = write_state(made, rule=recipe.rule, step=job.given.step, model=folder_sha256(own))
+    made.settle()
     return Made(files=own, state=state, coefficients=job.coefficients, scales=job.scales)
 
 

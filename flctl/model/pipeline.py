@@ -1,16 +1,21 @@
 """Pieces of work done side by side, their results taken in order."""
 
 import os
+import resource
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import suppress
 from typing import TypeVar
+
+from flctl.errors import ConfigurationError
 
 Desk = TypeVar("Desk")
 Job = TypeVar("Job")
 Result = TypeVar("Result")
 
 SPARE = 2  # desks beyond the threads: one whose result is being used, one whose result waits
+OTHERS = 64  # files that are open besides: logs, locks, connections, what is written
 MOST = 4  # beyond that, who takes the results is the slowest
 
 
@@ -18,6 +23,25 @@ def default_threads() -> int:
     """One core is left to who takes the results: in a merge, that hashes and writes them."""
     usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(1, min(usable - 1, MOST))
+
+
+def desks_for(wanted: int, *, files: int) -> int:
+    """So many desks, or fewer if the system does not let them all hold `files` files open. ConfigurationError if not
+    even one may."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    needed = wanted * files + OTHERS
+    if soft != resource.RLIM_INFINITY and soft < needed:
+        soft = needed if hard == resource.RLIM_INFINITY else min(needed, hard)
+        with suppress(OSError, ValueError):  # macOS says that there is no limit, and has one
+            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+        soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+        wanted = min(wanted, (soft - OTHERS) // files)
+    if wanted < 1:
+        raise ConfigurationError(
+            f"{files + OTHERS} files must be open at once, and this system allows {soft}",
+            hint=f"allow more (ulimit -n {files + OTHERS}), or merge fewer contributions at a time",
+        )
+    return wanted
 
 
 def in_order(

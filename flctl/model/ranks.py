@@ -52,6 +52,7 @@ class Ranks:
                 self.world.recv(source=rank, tag=TROUBLE)
         for found in errors:
             if found is not None:
+                vars(found)["agreed"] = True  # all ranks raise it, so none waits for this one
                 raise found
         return typing.cast(T, result)
 

@@ -2,13 +2,16 @@
 
 Files are read with pread: mapped pages would count as memory. Nothing is unpickled, and torch is not needed."""
 
+import errno
 import os
 import stat
-from dataclasses import dataclass
+from array import array
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
 
-from flctl.errors import AggregationRefused
+from flctl.errors import AggregationRefused, ConfigurationError
 from flctl.model.header import CHUNK, HEADER_LIMIT, INDEX_LIMIT, ITEMSIZE, Tensor, tensors_of, weight_map_of
 
 __all__ = ["CHUNK", "Reader", "Shard", "Shards", "Tensor", "open_shards"]
@@ -37,11 +40,16 @@ class Shards:
     site: str | None
     index: str | None
     files: tuple[Shard, ...]
-    tensors: dict[str, Tensor]
+    tensors: Mapping[str, Tensor]
 
     @property
     def size(self) -> int:
         return sum(shard.size for shard in self.files)
+
+    def compact(self, like: Mapping[str, Tensor], places: Mapping[str, int]) -> "Shards":
+        """The same weights, to be read by the names in `places`, which have the dtypes and shapes of `like`."""
+        files = tuple(replace(shard, tensors=()) for shard in self.files)
+        return replace(self, files=files, tensors=Places(like, places, self.tensors))
 
 
 def open_shards(folder: Path, *, site: str | None = None) -> Shards:
@@ -65,9 +73,34 @@ def open_shards(folder: Path, *, site: str | None = None) -> Shards:
     return Shards(folder=folder, site=site, index=index if weight_map else None, files=files, tensors=tensors)
 
 
+class Places(Mapping[str, Tensor]):
+    """The tensors of a model that has the names, dtypes and shapes of another, in some 10 bytes for each: of a model of
+    many tensors, a merge holds those of many contributions. `places` numbers the names."""
+
+    def __init__(self, like: Mapping[str, Tensor], places: Mapping[str, int], tensors: Mapping[str, Tensor]) -> None:
+        self._like, self._places = like, places
+        self._files = sorted({tensors[name].file for name in places})
+        numbers = {file: number for number, file in enumerate(self._files)}
+        self._file = array("I", (numbers[tensors[name].file] for name in places))
+        self._begin = array("Q", (tensors[name].begin for name in places))
+
+    def __getitem__(self, name: str) -> Tensor:
+        place, like = self._places[name], self._like[name]
+        begin = self._begin[place]
+        end = begin + like.count * ITEMSIZE[like.dtype]
+        file = self._files[self._file[place]]
+        return Tensor(name=like.name, dtype=like.dtype, shape=like.shape, file=file, begin=begin, end=end)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._places)
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+
 class Reader:
-    """Reads chunks of one model's tensors into given buffers. At most one file is open at a time, so that many
-    contributions of many shards stay within the limit of open files (256 on macOS). A file that is no longer what
+    """Reads chunks of one model's tensors into given buffers. At most one file is open at a time, so that shards do not
+    count against the limit of open files (256 on macOS). A file that is no longer what
     `open_shards` saw, by size and time of modification, is refused: at the latest when the block ends."""
 
     def __init__(self, shards: Shards) -> None:
@@ -191,6 +224,10 @@ def _open(path: Path, site: str | None) -> tuple[int, os.stat_result]:
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
     except OSError as error:
+        if error.errno in (errno.EMFILE, errno.ENFILE):  # no site's fault
+            raise ConfigurationError(
+                f"{path}: {os.strerror(error.errno)}", hint="allow this process more open files: ulimit -n"
+            ) from error
         raise _refused(path, os.strerror(error.errno or 0), site) from error
     status = os.fstat(descriptor)
     if not stat.S_ISREG(status.st_mode):

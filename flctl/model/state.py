@@ -53,7 +53,7 @@ class State:
         return open_shards(self.folder / name)
 
     def has(self, name: str) -> bool:
-        return any(entry.path.startswith(f"{name}/") for entry in self.files)
+        return any(entry.path.startswith(f"{name}/") and entry.path.endswith(".safetensors") for entry in self.files)
 
 
 def model_layout(ours: Shards) -> Layout:
@@ -82,7 +82,7 @@ def state_layout(ours: Shards, name: str) -> Layout:
             tensors.update({tensor.name: tensor for tensor in made})
             sizes[shard.name] = made[-1].end
     index = None
-    if ours.index:
+    if ours.index and tensors:
         data = {
             "metadata": {"total_size": sum(tensor.end - tensor.begin for tensor in tensors.values())},
             "weight_map": {name: tensor.file for name, tensor in tensors.items()},

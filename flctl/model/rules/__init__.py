@@ -174,7 +174,7 @@ def options_of(name: str, given: Mapping[str, Any]) -> Any:
             raise ConfigurationError(f"the rule {name}: option {key} must be {reason}, not {value!r}")
     try:
         return kind(**{key: hints[key](value) if hints[key] is float else value for key, value in given.items()})
-    except ValueError as error:
+    except (ValueError, OverflowError) as error:
         raise ConfigurationError(f"the rule {name}: {error}") from error
 
 

@@ -7,7 +7,6 @@ import math
 import struct
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from itertools import repeat
 from typing import TYPE_CHECKING
 
 from flctl.errors import AggregationRefused
@@ -17,6 +16,10 @@ if TYPE_CHECKING:
 
     from flctl.model.inputs import Inputs
     from flctl.model.rules import Facts, Step
+
+
+MOST = 2.0**100  # of a weight: sums of many stay far from the end of float32
+MOST_STEPS = 1 << 40
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -72,8 +75,10 @@ def fednova_coefficients(facts: "Facts", o: FedNova) -> tuple[float, ...]:
 
 
 def _length(steps: int, o: FedNova) -> float:
-    if steps < 1:
-        raise AggregationRefused("fednova needs the number of local steps of every contribution")
+    if not 1 <= steps <= MOST_STEPS:
+        raise AggregationRefused(
+            f"fednova needs the number of local steps of every contribution, from 1 to {MOST_STEPS}"
+        )
     if o.momentum:
         return (steps - o.momentum * (1 - power(o.momentum, steps)) / (1 - o.momentum)) / (1 - o.momentum)
     if o.mu:
@@ -82,18 +87,27 @@ def _length(steps: int, o: FedNova) -> float:
 
 
 def power(base: float, exponent: int) -> float:
-    """By multiplication, as pow() may differ in the last bit between two systems."""
-    return math.prod(repeat(base, exponent))
+    """By multiplication (squares), as pow() may differ in the last bit between two systems."""
+    result = 1.0
+    while exponent:
+        if exponent % 2:
+            result *= base
+        base, exponent = base * base, exponent // 2
+    return result
 
 
 def shares(weights: Sequence[float]) -> tuple[float, ...]:
     """p_k = n_k / sum(n) in float64. The sum is the correctly rounded one, as builtin sum() adds floats differently
     from Python 3.12 on."""
-    for weight in weights:
-        if not math.isfinite(weight) or weight <= 0:
-            raise AggregationRefused(f"a weight of {weight} cannot be averaged with; it must be positive")
-    total = math.fsum(weights)
+    total = math.fsum(_usable(weights, "weight"))
     return tuple(weight / total for weight in weights)
+
+
+def _usable(values: Sequence[float], what: str) -> Sequence[float]:
+    for value in values:
+        if not 0 < value <= MOST:  # NaN is neither
+            raise AggregationRefused(f"a {what} of {value} cannot be merged with; it must be positive, at most 2^100")
+    return values
 
 
 def normalised(facts: "Facts", o: object) -> tuple[float, ...]:
@@ -103,10 +117,7 @@ def normalised(facts: "Facts", o: object) -> tuple[float, ...]:
 
 def final(facts: "Facts", o: object) -> tuple[float, ...]:
     """The weights as they are: a policy made them."""
-    for weight in facts.weights:
-        if not math.isfinite(weight) or weight <= 0:
-            raise AggregationRefused(f"a coefficient of {weight} cannot be merged with; it must be positive")
-    return tuple(facts.weights)
+    return tuple(_usable(facts.weights, "coefficient"))
 
 
 def convex(facts: "Facts", o: object) -> tuple[float, ...]:

@@ -103,13 +103,12 @@ def multikrum_choice(facts: "Facts", o: MultiKrum) -> tuple[float, ...]:
 
 
 def krum_needs(count: int, o: Krum | MultiKrum) -> str:
-    if reason := too_few(count, o):
-        return reason
     if count < 2 * o.f + 3:
-        most = (count - 3) // 2
+        few = f"; no robust rule can work with fewer than {FEWEST}"
+        most = f", enough for f = {(count - 3) // 2}" if count >= FEWEST else few
         return (
-            f"to withstand f = {o.f} bad contributions it needs at least {2 * o.f + 3} (n >= 2f + 3), and there are "
-            f"{count}, enough for f = {most}"
+            f"to withstand f = {o.f} bad contributions it needs at least {2 * o.f + 3} (n >= 2f + 3), and there "
+            f"{'is' if count == 1 else 'are'} {count}{most}"
         )
     if isinstance(o, MultiKrum) and o.m > count - o.f - 2:
         return f"m = {o.m} is too many of {count} contributions; with f = {o.f} at most {count - o.f - 2} (n - f - 2)"
