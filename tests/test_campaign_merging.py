@@ -1,8 +1,10 @@
 """Rules, their state, gates and looks back in a campaign of local sites: the real program, real jobs."""
 
 import json
+import os
 import shutil
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -280,6 +282,47 @@ def test_a_model_that_changed_is_not_exported(made: Campaign, copy: Path, tmp_pa
     assert refused.returncode == 3
     assert "models/0002/model.safetensors" in refused.stderr
     assert sorted(path.name for path in tmp_path.iterdir()) == ["copy"]
+
+
+def test_two_exports_to_one_folder_do_not_take_each_other_s_draft(made: Campaign, tmp_path: Path) -> None:
+    from flctl.model.place import alone
+
+    with alone(tmp_path / "out") as draft:
+        draft.mkdir()
+        refused = made.flctl("export", "2", "--out", str(tmp_path / "out"))
+        assert refused.returncode == 10
+        assert "another flctl is making" in refused.stderr
+        assert draft.exists()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_export_whose_place_is_taken_meanwhile_leaves_that_as_it_is(copy: Path, tmp_path: Path) -> None:
+    """The config comes through a pipe, so that the export waits for us in the middle."""
+    from flctl.campaign.rebuilding import export
+    from flctl.campaign.workspace import Workspace
+    from flctl.errors import ConfigurationError
+
+    config = copy / "models" / "0002" / "config.json"
+    content = config.read_bytes()
+    config.unlink()
+    os.mkfifo(config)
+    with ThreadPoolExecutor(1) as pool:
+        done = pool.submit(export, Workspace(copy), 2, tmp_path / "out")
+        with config.open("wb") as pipe:  # opens once it is read
+            (tmp_path / "out").mkdir()
+            (tmp_path / "out" / "mine").touch()
+            pipe.write(content)
+        with pytest.raises(ConfigurationError, match="not empty"):
+            done.result()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["copy", "out"]
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["mine"]
+
+
+def test_an_export_below_a_file_is_refused(made: Campaign, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    refused = made.flctl("export", "2", "--out", str(tmp_path / "file" / "out"))
+    assert refused.returncode == 3
+    assert "Traceback" not in refused.stderr
 
 
 def test_another_rule_begins_a_state_of_its_own(tmp_path: Path) -> None:

@@ -11,6 +11,8 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,7 +22,8 @@ import pytest
 from safetensors.numpy import load_file
 
 from flctl.cli.main import expand
-from flctl.errors import UsageError
+from flctl.errors import Interrupted, Locked, UsageError
+from flctl.model.place import alone
 from flctl.model.request import WITHOUT_BASE, Request
 from flctl.model.rules import RULES
 from flctl.model.standalone import aggregate
@@ -36,6 +39,8 @@ from tests.checkpoints import (
     to_bf16,
     write_weights,
 )
+
+MPIEXEC = ["mpiexec", "--allow-run-as-root", "--oversubscribe", "-n"]
 
 
 class Place:
@@ -69,7 +74,7 @@ class Place:
         return ran.stderr
 
     def listing(self) -> list[tuple[str, int]]:
-        return sorted((str(path), path.stat().st_size) for path in self.root.rglob("*") if path.is_file())
+        return sorted((str(path), path.stat().st_size if path.is_file() else 0) for path in self.root.rglob("*"))
 
     def write(self, name: str, tensors: Tensors, files: Mapping[str, str] | None = None) -> Tensors:
         write_weights(self.root / name, tensors, files)
@@ -303,12 +308,67 @@ def test_a_state_of_another_model_is_refused(rounds: Place) -> None:
     words = ("a2", "b2", *ADAM, "--out", "Y2")
     error = rounds.refused(8, *words, "--base", "X", "--state", "S")
     assert "S is the state of another model" in error
-    assert "give --state another folder" in error
+    assert "give --state an empty folder" in error
     shutil.copytree(rounds.root / "S", rounds.root / "X" / "state")
-    assert "move it away" in rounds.refused(8, *words, "--base", "X")
+    assert "give --state an empty folder" in rounds.refused(8, *words, "--base", "X")
     assert "is the state of the rule fedadam, not of fedyogi" in rounds.refused(
         2, "a2", "b2", "--rule", "fedyogi", "--base", "Y1", "--out", "Y2", "--state", "S"
     )
+
+
+@pytest.mark.parametrize("kept", [[], ["--state", "S"]], ids=["beside", "apart"])
+def test_a_state_that_is_gone_is_not_begun_anew_unless_asked_for(rounds: Place, kept: list[str]) -> None:
+    first = Path(rounds.json("a1", "b1", *ADAM, "--base", "X", "--out", "Y1", *kept)["state"])
+    first.rename(rounds.root / "elsewhere")
+    words = ("a2", "b2", *ADAM, "--base", "Y1", "--out", "Y2")
+    for more in ([], ["--state", "S"]):
+        error = rounds.refused(3, *words, *more)
+        assert f"{rounds.root / 'Y1'} was made by fedadam with a state" in error
+        assert "--state DIR" in error
+        assert "mkdir NEW" in error
+    rounds.json(*words[:2], "--rule", "fedavgm", "--base", "Y1", "--out", "Y3")  # it would not go on from that
+    (rounds.root / "new").mkdir()
+    made = rounds.json(*words, "--state", "new")
+    assert [note for note in made["notes"] if "new is empty: fedadam begins anew" in note]
+    assert json.loads((rounds.root / "new" / "state.json").read_text())["step"] == 1
+
+
+def test_an_empty_folder_for_the_state_begins_anew_though_one_lies_beside_the_base(rounds: Place) -> None:
+    rounds.json("a1", "b1", *ADAM, "--base", "X", "--out", "Y1")
+    (rounds.root / "new").mkdir()
+    words = ("a2", "b2", *ADAM, "--base", "Y1")
+    notes = rounds.json(*words, "--out", "Y2", "--state", "new")["notes"]
+    assert [note for note in notes if f"{rounds.root / 'Y1' / 'state'} is not used" in note]
+    assert json.loads((rounds.root / "new" / "state.json").read_text())["step"] == 1
+    rounds.json(*words, "--out", "Y3", "--state", "other")
+    assert json.loads((rounds.root / "other" / "state.json").read_text())["step"] == 2
+    assert_is(rounds.root / "Y3", APPFL[1])
+
+
+@pytest.mark.parametrize("kept", [[], ["--state", "S"]], ids=["beside", "apart"])
+def test_master_weights_outlive_a_change_of_rule_and_are_missed_when_gone(tmp_path: Path, kept: list[str]) -> None:
+    """Four steps of 1/512 each, one of them by another rule: without the master weights the model stays at 1."""
+    place = Place(tmp_path)
+    place.write("X", {"w": ("BF16", to_bf16(np.ones(4, np.float32)))})
+    place.write("A", {"w": ("BF16", to_bf16(np.full(4, 1.0078125, np.float32)))})
+    step = ("A", "--bases", "X", *kept)
+    buffered = (*step, "--rule", "fedbuff", "--weights", "0.25", "--master")
+    moved = (*step, "--rule", "fedavgm", "--option", "lr=0.25")
+    place.json(*buffered, "--base", "X", "--out", "Y1")
+    place.json(*buffered, "--base", "Y1", "--out", "Y2")
+    if kept:
+        assert "--master goes on" in place.refused(2, *moved, "--base", "Y2", "--out", "Y3")
+    else:
+        notes = place.json(*moved, "--base", "Y2", "--out", "Z")["notes"]
+        assert any("holds master weights, which are not used without --master" in note for note in notes)
+    notes = place.json(*moved, "--base", "Y2", "--master", "--out", "Y3")["notes"]
+    assert any("is of fedbuff: fedavgm begins anew, from its master weights" in note for note in notes)
+    state = tmp_path / (kept[1] if kept else "Y3/state")
+    state.rename(tmp_path / "elsewhere")
+    assert "was made by fedavgm with a state" in place.refused(3, *buffered, "--base", "Y3", "--out", "Y4")
+    (tmp_path / "elsewhere").rename(state)
+    place.json(*buffered, "--base", "Y3", "--out", "Y4")
+    assert same_bits(read_weights(tmp_path / "Y4"), read_weights(tmp_path / "A"))
 
 
 def test_a_damaged_state_is_refused(rounds: Place) -> None:
@@ -384,6 +444,22 @@ def test_adapters_that_differ_are_refused(tmp_path: Path) -> None:
     assert "no rule but fedavg" in place.refused(
         2, "P", "Q", "--adapters", "svd", "--rule", "diloco", "--base", "P", "--out", "Y"
     )
+
+
+def test_an_adapter_and_a_whole_model_are_told_apart(place: Place) -> None:
+    adapter(place.root, "P", 1)
+    error = place.refused(8, "A", "P", "--out", "Y")
+    assert "P is an adapter, A is not" in error
+    for method in ("mean", "svd"):
+        assert "P is an adapter, X is not" in place.refused(8, "P", "--base", "X", "--adapters", method, "--out", "Y")
+
+
+def test_the_exact_methods_keep_no_state(place: Place) -> None:
+    adapter(place.root, "P", 1)
+    (place.root / "S").mkdir()
+    for method in ("svd", "stack"):
+        words = ("P", "--base", "P", "--adapters", method, "--state", "S", "--out", "Y")
+        assert "--state" in place.refused(2, *words)
 
 
 # What is refused
@@ -478,6 +554,9 @@ def test_a_contribution_that_cannot_be_used_is_named(
         ("A B --weights one,two --out Y", 2, ["--weights"]),
         ("A B --weights --out Y", 2, ["--weights names nothing"]),
         ("A B --weights 1,0 --out Y", 8, ["must be positive"]),
+        ("A B --weights=-1,1 --out Y", 8, ["must be positive"]),
+        ("A B --weights -1,1 --out Y", 8, ["must be positive"]),
+        ("A B --weights 1 -1 --out Y", 8, ["must be positive"]),
         ("A B --weights 1,nan --out Y", 8, ["must be positive"]),
         ("A B --steps 5 --out Y", 2, ["--steps names 1 for 2"]),
         ("A B --bases X --base X --out Y", 2, ["--bases names 1 for 2"]),
@@ -499,10 +578,14 @@ def test_a_contribution_that_cannot_be_used_is_named(
         ("A B --out A/Y", 2, ["lies in", "only read"]),
         ("A B --base X --state X/state --out Y", 2, ["lies in", "only read"]),
         ("A B --base X --state Y/state --out Y", 2, ["apart from --out"]),
+        ("A B --base X --state C/model.safetensors --out Y", 3, ["C/model.safetensors is a file", "name a folder"]),
+        ("A B --base X --state C/model.safetensors/S --out Y", 3, ["model.safetensors is a file", "name a folder"]),
+        ("A B --out C/model.safetensors/Y", 3, ["C/model.safetensors is a file", "name a folder"]),
         ("A B --adapters svd --out Y", 2, ["LoRA adapters", "adapter_config.json"]),
         ("A B --rank 4 --out Y", 2, ["--adapters svd"]),
         ("A B --adapters meen --out Y", 2, ["meen"]),
         ("A B --threads 0 --out Y", 2, ["--threads"]),
+        ("A B --threads 257 --out Y", 2, ["--threads", "256"]),
     ],
 )
 def test_what_cannot_be_meant_is_said_with_what_to_type(place: Place, typed: str, code: int, words: list[str]) -> None:
@@ -525,6 +608,17 @@ def test_with_json_an_error_is_one_object_under_the_command_s_name(place: Place)
     answer = json.loads(ran.stdout)
     assert (answer["command"], answer["exit_code"], ran.returncode) == ("aggregate", 3, 3)
     assert answer["errors"][0]["code"] == "configuration"
+
+
+def test_folders_made_for_out_go_again_when_the_merge_is_refused(place: Place) -> None:
+    not_finite(place.root)
+    assert "NaN" in place.refused(8, "A", "B", "--out", "new/deep/Y")
+
+
+def test_a_model_without_a_value_to_average_is_refused(place: Place) -> None:
+    for name in "PQ":
+        place.write(name, {"steps": ("I64", np.array([1], np.int64))})
+    assert "nothing to average" in place.refused(8, "P", "Q", "--out", "Y")
 
 
 @pytest.fixture
@@ -612,6 +706,48 @@ def test_what_a_kill_leaves_is_removed_by_the_next_and_a_rival_waits(tmp_path: P
     assert sorted(path.name for path in tmp_path.iterdir()) == ["A", "B", "C", "D", "Y"]
 
 
+def test_a_stop_after_the_last_chunk_makes_nothing_either(place: Place) -> None:
+    """The files are written and hashed, flctl.json is not: the model does not come to be, the state stays."""
+    asked: list[bool] = []
+
+    def stop() -> bool:
+        asked.append((place.root / ".Y.draft" / "flctl.json").exists())
+        return asked[-1]
+
+    place.json("A", "--rule", "fedavgm", "--base", "X", "--out", "Z", "--state", "S")
+    before = place.listing()
+    folders, base, out, state = (place.root / "B",), place.root / "Z", place.root / "Y", place.root / "S"
+    with pytest.raises(Interrupted, match="before"):
+        aggregate(Request(folders=folders, base=base, rule="fedavgm", out=out, state=state), stop=stop)
+    assert asked[-1]
+    assert place.listing() == before
+
+
+def test_a_lock_file_that_was_removed_meanwhile_locks_nothing(tmp_path: Path) -> None:
+    """One who waits in open() while another ends gets a file that is no longer there: a third would not see it."""
+    with alone(tmp_path / "new" / "Y"):
+        (tmp_path / "new" / ".Y.lock").rename(tmp_path / "orphan")
+        with alone(tmp_path / "new" / "Y"):
+            held = os.stat(tmp_path / "new" / ".Y.lock")
+            with pytest.raises(Locked), alone(tmp_path / "new" / "Y"):
+                pass
+            assert os.stat(tmp_path / "new" / ".Y.lock") == held
+    assert [path.name for path in tmp_path.iterdir()] == ["orphan"]
+
+
+def test_many_who_make_one_folder_never_do_so_at_once(tmp_path: Path) -> None:
+    def work() -> None:
+        for _ in range(200):
+            with suppress(Locked), alone(tmp_path / "Y") as draft:
+                draft.mkdir()
+                draft.rmdir()
+
+    with ThreadPoolExecutor(8) as pool:
+        for done in [pool.submit(work) for _ in range(8)]:
+            done.result()
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_terminal_shows_bytes_rate_and_time_left(tmp_path: Path) -> None:
     place = Place(tmp_path)
     for name in "AB":
@@ -641,6 +777,53 @@ def test_a_terminal_shows_bytes_rate_and_time_left(tmp_path: Path) -> None:
     shutil.rmtree(tmp_path / "Y")
 
 
+# Several processes
+
+
+def apart(place: Place, other: Path, *words: str) -> str:
+    """The error of two ranks, the second of which stands in another folder."""
+    command = place.words(*words)
+    ranks = [*MPIEXEC, "1", "-wdir", str(place.root), *command, ":", "-n", "1", "-wdir", str(other), *command]
+    before = place.listing()
+    ran = subprocess.run(ranks, env=place.environment, capture_output=True, text=True, timeout=60)
+    assert ran.returncode == 3, ran.stdout + ran.stderr
+    assert ran.stderr.count("flctl: ") == 1, ran.stderr
+    assert place.listing() == before
+    return ran.stderr
+
+
+def test_what_one_rank_does_not_see_ends_all(place: Place, tmp_path_factory: pytest.TempPathFactory) -> None:
+    empty = tmp_path_factory.mktemp("empty")
+    assert "flctl: A: no such folder" in apart(place, empty, "A", "B", "--base", "X", "--out", "Y")
+
+
+def test_ranks_that_mean_other_folders_are_refused(place: Place, tmp_path_factory: pytest.TempPathFactory) -> None:
+    other = tmp_path_factory.mktemp("other")
+    for name in "AB":
+        shutil.copytree(place.root / name, other / name)
+    assert f"rank 1 stands in {other}" in apart(place, other, "A", "B", "--out", "Y")
+    assert sorted(path.name for path in other.iterdir()) == ["A", "B"]
+
+
+def test_an_error_that_one_rank_has_alone_ends_all(place: Place) -> None:
+    """The second cannot even import what merges, while the first would go on."""
+    (place.root / "broken").mkdir()
+    (place.root / "broken" / "torch.py").write_text("raise ImportError('no torch here')")
+    words = place.words("A", "B", "--out", "Y")
+    spoilt = ["env", f"PYTHONPATH={place.root / 'broken'}", *words]
+    ranks = [*MPIEXEC, "1", *words, ":", "-n", "1", *spoilt]
+    ran = subprocess.run(ranks, cwd=place.root, env=place.environment, capture_output=True, text=True, timeout=60)
+    assert ran.returncode == 1, ran.stderr
+    assert "no torch here" in ran.stderr
+    assert sorted(path.name for path in place.root.iterdir()) == ["A", "B", "C", "X", "broken"]
+
+
+def test_an_option_that_sets_nothing_is_said_once_by_two_ranks(place: Place) -> None:
+    ranks = [*MPIEXEC, "2", *place.words("A", "B", "--option", "lr", "--out", "Y")]
+    ran = subprocess.run(ranks, cwd=place.root, env=place.environment, capture_output=True, text=True, timeout=60)
+    assert (ran.returncode, ran.stderr.count("flctl: ")) == (2, 1), ran.stderr
+
+
 # The command line
 
 
@@ -651,6 +834,9 @@ def test_a_terminal_shows_bytes_rate_and_time_left(tmp_path: Path) -> None:
         ("A B --weights 5 3e-1 --out Y", "A B --weights 5 --weights 3e-1 --out Y"),
         ("--weights 5, .3 A B", "--weights 5 --weights .3 A B"),
         ("--steps 1,2 A 3", "--steps 1 --steps 2 A 3"),
+        ("--weights -1,1 A B", "--weights -1 --weights 1 A B"),
+        ("A --weights 5 -.3e2 --out Y", "A --weights 5 --weights -.3e2 --out Y"),
+        ("A --bases x -1 --out Y", "A --bases x -1 --out Y"),
         ("A --bases x,y z --out Y", "A --bases x,y --bases z --out Y"),
         ("--option lr=0.1 beta1=0,9 A B", "--option lr=0.1 --option beta1=0,9 A B"),
         ("--option=lr=0.1 A", "--option lr=0.1 A"),

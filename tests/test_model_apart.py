@@ -79,6 +79,13 @@ def test_a_replacement_killed_before_its_model_was_made_changes_nothing(root: Pa
     assert not (root / ".S.old").exists()
 
 
+def test_an_empty_folder_begins_anew_whatever_lies_beside_the_base(root: Path) -> None:
+    (root / "S").rename(root / "Y" / "state")
+    (root / "E").mkdir()
+    assert find_state(root / "Y", root / "E") is None
+    assert step(find_state(root / "Y", root / "new")) == 1
+
+
 def test_an_empty_folder_is_no_state_yet_and_any_other_is_not_replaced(root: Path) -> None:
     (root / "E").mkdir()
     assert find_state(root / "X", root / "E") is None

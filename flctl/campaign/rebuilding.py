@@ -186,8 +186,10 @@ def _remade(
 
 def export(workspace: Workspace, version: int | None, out: Path) -> tuple[FileEntry, ...]:
     """Copy a model's files, and nothing else that lies beside them, to the new folder `out`, which any library can
-    open. Each is hashed on its way; ConfigurationError, and no folder, if one is not what was recorded."""
-    from flctl.model.draft import fresh_draft
+    open. Each is hashed on its way; ConfigurationError, and no folder, if one is not what was recorded. Locked if
+    another process is making the same folder."""
+    from flctl.model.draft import fresh_draft, translated
+    from flctl.model.place import alone
 
     version, out = known_version(workspace, version), out.absolute()
     if out.is_symlink() or (out.exists() and (not out.is_dir() or any(out.iterdir()))):
@@ -195,18 +197,19 @@ def export(workspace: Workspace, version: int | None, out: Path) -> tuple[FileEn
             f"{out} exists and is no empty folder; flctl export never overwrites", hint="name another folder"
         )
     source, files = workspace.model_folder(version), _entries(workspace.model_record(version)["files"])
-    draft = out.parent / f".{out.name}.draft"
-    shutil.rmtree(draft, ignore_errors=True)
-    draft.parent.mkdir(parents=True, exist_ok=True)
-    with fresh_draft(draft, needed=sum(entry.size for entry in files)) as made:
-        for entry in files:
-            made.copy(source, entry.path)
-            if made.entries[-1] != entry:
-                raise ConfigurationError(
-                    f"{source / entry.path} is not what it was when it was recorded",
-                    hint=f"flctl verify {version} looks at all of it; restore it from a backup, or from a site",
-                )
-    draft.rename(out)
+    with alone(out) as draft:
+        with fresh_draft(draft, needed=sum(entry.size for entry in files)) as made:
+            for entry in files:
+                made.copy(source, entry.path)
+                if made.entries[-1] != entry:
+                    raise ConfigurationError(
+                        f"{source / entry.path} is not what it was when it was recorded",
+                        hint=f"flctl verify {version} looks at all of it; restore it from a backup, or from a site",
+                    )
+        try:
+            draft.rename(out)
+        except OSError as error:
+            raise translated(error, out) from error
     fsync_folder(out.parent)
     return files
 

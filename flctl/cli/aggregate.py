@@ -52,7 +52,7 @@ def aggregate(
         Literal["mean", "svd", "stack"], typer.Option("--adapters", help="LoRA: factors apart, or their products.")
     ] = "mean",
     rank: Annotated[int | None, typer.Option("--rank", min=1, help="With --adapters svd: the rank to keep.")] = None,
-    threads: Annotated[int | None, typer.Option("--threads", min=1, help="Of the arithmetic.")] = None,
+    threads: Annotated[int | None, typer.Option("--threads", min=1, max=256, help="Of the arithmetic.")] = None,
     json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
 ) -> None:
     """Merge checkpoint folders into one model. Rules, options, state: docs/aggregation.md."""
@@ -61,20 +61,22 @@ def aggregate(
 
     ranks = world()
     try:
-        request = Request(
-            folders=tuple(folders),
-            out=out,
-            weights=tuple(weights or ()),
-            steps=tuple(steps or ()),
-            bases=tuple(bases or ()),
-            base=base,
-            rule=rule,
-            options=dict(_setting(text) for text in option or ()),
-            master=master,
-            state=state,
-            adapters=adapters,
-            rank=rank,
-            threads=threads,
+        request = ranks.together(
+            lambda: Request(
+                folders=tuple(folders),
+                out=out,
+                weights=tuple(weights or ()),
+                steps=tuple(steps or ()),
+                bases=tuple(bases or ()),
+                base=base,
+                rule=rule,
+                options=dict(_setting(text) for text in option or ()),
+                master=master,
+                state=state,
+                adapters=adapters,
+                rank=rank,
+                threads=threads,
+            )
         )
         made = _made(request, ranks)
     except Exception as error:
@@ -95,13 +97,14 @@ def _made(request: "Request", ranks: "Ranks") -> "Aggregated":
 
 def _failed(error: Exception, ranks: "Ranks", json: bool) -> int:
     """The exit code of an error that all ranks have, once the first has told it: mpiexec ends them with the first that
-    goes. A defect may be one rank's alone, for which the others would wait for ever."""
+    goes. One on which they did not agree may be one rank's alone, for which the others would wait for ever."""
     if ranks.size == 1:
         raise error
     known = error if isinstance(error, FlctlError) else defect(error)
-    if ranks.first or known is not error:
+    alone = known is not error or not getattr(error, "agreed", False)
+    if ranks.first or alone:
         print_error(known, "aggregate" if json else "")
-    if known is not error:
+    if alone:
         ranks.world.Abort(known.exit_code)
     ranks.shared(None)
     return known.exit_code

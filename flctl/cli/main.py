@@ -25,7 +25,7 @@ app = typer.Typer(
 
 # Typer brings a click of its own since 0.26 and uses the installed one before; this is the one in use.
 ClickException: Any = next(kind for kind in typer.BadParameter.__mro__ if kind.__name__ == "ClickException")
-NUMBER = re.compile(r"(\d+\.?\d*|\.\d+)(e[+-]?\d+)?", re.IGNORECASE)
+NUMBER = re.compile(r"-?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?", re.IGNORECASE)
 SETTING = re.compile(r"[a-z]\w*=.*", re.IGNORECASE)
 # Options that take several words, and what a word after the first must be to belong to them (None: anything).
 LISTS: Mapping[str, re.Pattern[str] | None] = {"--sites": None}
@@ -77,7 +77,7 @@ def expand(arguments: list[str]) -> list[str]:
             rest.append(word)
             continue
         values, kind = [value] if separator else [], lists[name]
-        while words and not words[0].startswith("-"):
+        while words and not _is_option(name, words[0], kind):
             if values and kind and not all(kind.fullmatch(item) for item in _items(name, words[0])):
                 break
             values.append(words.pop(0))
@@ -86,6 +86,12 @@ def expand(arguments: list[str]) -> list[str]:
             raise UsageError(f"{name} names nothing", hint=HINTS.get(name, f"{name} a b, or {name} a,b"))
         rest += [part for item in items for part in (name, item)]
     return front + rest
+
+
+def _is_option(name: str, word: str, kind: re.Pattern[str] | None) -> bool:
+    """Whether a word ends a list for certain. Numbers below zero are for the command to refuse, by what they mean."""
+    below_zero = kind is NUMBER and all(NUMBER.fullmatch(item) for item in _items(name, word))
+    return word.startswith("-") and not below_zero
 
 
 def _items(name: str, word: str) -> list[str]:

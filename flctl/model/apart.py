@@ -18,21 +18,37 @@ from flctl.model.state import FOLDER, State, read_state
 from flctl.records import folder_sha256
 
 Stop = Callable[[], bool]
+ANEW = "to begin anew, give --state an empty folder"
 
 
 def find_state(base: Path, kept: Path | None, stop: Stop = lambda: False) -> State | None:
-    """What the rule goes on from: the state kept in that folder, else the one beside the base; None: it begins.
+    """What the rule goes on from: the state kept in that folder, else the one beside the base; None: it begins, as it
+    does wherever the folder is empty.
 
     A replacement that was interrupted is brought to its end. AggregationRefused if the state belongs to another model,
     ConfigurationError if it is damaged; its sizes are looked at, its hashes are not."""
     found = _kept(base, kept, stop) if kept else None
-    if found is None and (base / FOLDER).exists():
+    if found is None and (base / FOLDER).exists() and not (kept and begins_anew(kept)):
         found = _belonging(base / FOLDER, identity(base, stop))
         if found is None:
-            raise _mismatch(base / FOLDER, base, f"to begin anew, move it away: mv {base / FOLDER} ELSEWHERE")
+            raise _mismatch(base / FOLDER, base, ANEW)
     if found is not None:
         _check_sizes(found)
     return found
+
+
+def begins_anew(kept: Path) -> bool:
+    """An empty folder that is there says so; one that is not may be a slip of the pen."""
+    return kept.is_dir() and not any(kept.iterdir())
+
+
+def had_state(base: Path, rule: str, *, master: bool) -> str:
+    """The rule that left a state with the base, by the base's own record, if `rule` (or, with `master`, any rule that
+    finds its master weights there) would go on from it; else nothing."""
+    record = own_record(base)
+    state = record.get("state")
+    left = str(state.get("rule")) if isinstance(state, dict) else ""
+    return left if left == rule or (master and record.get("master")) else ""
 
 
 def identity(base: Path, stop: Stop = lambda: False) -> str:
@@ -125,7 +141,7 @@ def _kept(base: Path, kept: Path, stop: Stop) -> State | None:
         return _kept(base, kept, stop)
     if kept not in places:
         return None
-    raise _mismatch(kept, base, "give --base the model it belongs to; to begin anew, give --state another folder")
+    raise _mismatch(kept, base, f"give --base the model it belongs to; {ANEW}")
 
 
 def _holds_something(place: Path) -> bool:
@@ -147,9 +163,7 @@ def _check_sizes(state: State) -> None:
         size = path.stat().st_size if path.is_file() else None
         if size != entry.size:
             found = "is missing" if size is None else f"has {size} bytes, not {entry.size}"
-            raise ConfigurationError(
-                f"{path} {found}", hint="restore it from a backup, or begin anew without the state"
-            )
+            raise ConfigurationError(f"{path} {found}", hint=f"restore it from a backup; {ANEW}")
 
 
 def _copy(state: Path, target: Path) -> None:

@@ -14,6 +14,7 @@ from flctl.records import FileEntry
 
 FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 BLOCK = 1 << 20
+AT_ONCE = 256 << 10  # bytes of a write: larger ones take larger pages, which a hypervisor may have to find first
 FLUSHED = 64 << 20  # bytes after which the disk is asked to begin, so that little is left to wait for at the end
 
 
@@ -39,7 +40,7 @@ class DraftFile:
         rest = memoryview(data)
         self._waiting += len(rest)
         while rest:
-            count = os.pwrite(self._descriptor, rest, offset)
+            count = os.pwrite(self._descriptor, rest[:AT_ONCE], offset)
             rest, offset = rest[count:], offset + count
         if self._waiting >= FLUSHED and (self._flushing is None or self._flushing.done()):
             self._settled()

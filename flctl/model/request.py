@@ -9,7 +9,7 @@ from typing import Any
 
 from flctl.errors import AggregationRefused, ConfigurationError, UsageError
 from flctl.model.adapter_config import CONFIG as ADAPTER
-from flctl.model.adapter_config import compare, read_config
+from flctl.model.adapter_config import compare, is_adapter, read_config
 from flctl.model.folder import check_model
 from flctl.model.rules import Rule, averaging, find_rule, options_of, robust
 
@@ -149,10 +149,10 @@ def _check_adapters(request: Request) -> None:
         raise UsageError("--rank is the rank that --adapters svd re-factors to", hint="add --adapters svd")
     if request.adapters == "mean":
         return
-    if request.rule != "fedavg" or request.master or request.bases:
+    if request.rule != "fedavg" or request.master or request.bases or request.state:
         raise UsageError(
             f"--adapters {request.adapters} averages what the factors' products add to one base, which no rule but "
-            "fedavg can, without --master and --bases",
+            "fedavg can, without --master, --bases and --state",
             hint="--adapters mean takes every rule",
         )
     for folder in request.folders:
@@ -166,6 +166,12 @@ def _check_adapters(request: Request) -> None:
 def _check_configs(request: Request) -> None:
     """Adapters may only be averaged if their configs agree (AggregationRefused); the exact methods see to it."""
     given = (*([request.base] if request.base else []), *request.folders, *request.bases)
+    some, others = ([folder for folder in given if is_adapter(folder) is kind] for kind in (True, False))
+    if some and others:
+        raise AggregationRefused(
+            f"{some[0]} is an adapter, {others[0]} is not",
+            hint="give adapters only, or whole models only: peft's merge_and_unload() makes one of both",
+        )
     if request.adapters == "mean" and any((folder / ADAPTER).exists() for folder in given):
         compare(
             [read_config(folder, site=None if folder is request.base else folder.name) for folder in given], exact=False
@@ -183,6 +189,9 @@ def _check_places(out: Path, state: Path | None, inputs: Sequence[Path]) -> None
         raise ConfigurationError(
             f"{out} exists and is no empty folder; flctl aggregate never overwrites", hint="name another folder"
         )
+    for place, name in ((out, "--out"), (state, "--state")):
+        if place is not None and (file := _file_of(place)):
+            raise ConfigurationError(f"{name} {place}: {file} is a file", hint="name a folder that is not below a file")
     if out == Path.cwd():
         raise UsageError(f"--out {out} is the folder you stand in", hint="name a new folder")
     for place, name in ((out, "--out"), (state, "--state")):
@@ -193,6 +202,12 @@ def _check_places(out: Path, state: Path | None, inputs: Sequence[Path]) -> None
                 )
     if state is not None and (state.is_relative_to(out) or out.is_relative_to(state)):
         raise UsageError("--state must lie apart from --out", hint="without --state it lies beside the model by itself")
+
+
+def _file_of(place: Path) -> Path | None:
+    """The place itself or what it would lie in, where that is no folder."""
+    there = next(path for path in (place, *place.parents) if path.exists())
+    return None if there.is_dir() else there
 
 
 def _parts(request: Request) -> tuple[Part, ...]:

@@ -1,10 +1,7 @@
 """Aggregation without a campaign: any checkpoint folders, through a rule, into a new folder."""
 
 import dataclasses
-import fcntl
 import json
-import os
-import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -12,11 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from flctl.errors import ConfigurationError, Locked, UsageError
+from flctl.errors import AggregationRefused, ConfigurationError, Interrupted, UsageError
 from flctl.model import apart
 from flctl.model.draft import translated
+from flctl.model.header import MASTER
 from flctl.model.manifest import RECORD
 from flctl.model.pipeline import default_threads
+from flctl.model.place import alone
 from flctl.model.ranks import ALONE, Ranks
 from flctl.model.request import Checked, Part, Request, checked
 from flctl.model.shards import open_shards
@@ -59,19 +58,14 @@ def aggregate(
     """Make the model, whole or not at all. `progress` is told the bytes of weights that are done, and of how many.
 
     Raises what checked(), find_state() and merge() do, and Locked if another process is making the same model."""
-    asked = checked(request)
-    from flctl.model.merge import Recipe, Source  # torch's import is not part of the work
-
-    sources = [
-        Source(site=part.label, number=1, folder=part.folder, weight=part.weight, steps=part.steps, base=part.base)
-        for part in asked.parts
-    ]
-    recipe = Recipe(rule=request.rule, options=request.options, master=request.master)
+    asked = _checked(request, ranks)
+    total = ranks.together(lambda: _size(asked.base))
+    ranks.together(_loaded)
     with _workplace(asked.out, ranks) as draft:
         began = time.monotonic()
         found = ranks.together(lambda: _state(request, asked, stop) if ranks.first else None)
         state, notes = ranks.shared(found) or (None, ())
-        work = _Work(sources=sources, draft=draft, recipe=recipe, state=state, progress=progress, stop=stop)
+        work = _work(request, asked, draft, state, lambda done: progress(done, total), stop)
         made, report = _made(request, asked, work, ranks)
         result = Aggregated(
             folder=asked.out,
@@ -86,7 +80,7 @@ def aggregate(
             adapters=report,
             notes=(*asked.notes, *notes),
         )
-        ranks.together(lambda: _finish(request, asked, made, draft, result) if ranks.first else None)
+        ranks.together(lambda: _finish(request, asked, made, work, result) if ranks.first else None)
     return result
 
 
@@ -96,12 +90,60 @@ class _Work:
     draft: Path
     recipe: "Recipe"
     state: State | None
-    progress: Progress
+    progress: Callable[[int], None]
     stop: Callable[[], bool]
 
 
+def _work(
+    request: Request,
+    asked: Checked,
+    draft: Path,
+    state: State | None,
+    progress: Callable[[int], None],
+    stop: Callable[[], bool],
+) -> _Work:
+    from flctl.model.merge import Recipe, Source
+
+    sources = [
+        Source(site=part.label, number=1, folder=part.folder, weight=part.weight, steps=part.steps, base=part.base)
+        for part in asked.parts
+    ]
+    recipe = Recipe(rule=request.rule, options=request.options, master=request.master)
+    return _Work(sources=sources, draft=draft, recipe=recipe, state=state, progress=progress, stop=stop)
+
+
+def _checked(request: Request, ranks: Ranks) -> Checked:
+    """The same for all ranks, or ConfigurationError: relative paths mean what the folder makes of them that each rank
+    was started in."""
+    asked = ranks.together(lambda: checked(request))
+    meant = (asked.out, asked.base, asked.state, [(part.folder, part.base) for part in asked.parts])
+    firsts = ranks.shared(meant)
+
+    def compare() -> None:
+        if meant != firsts:
+            raise ConfigurationError(
+                f"rank {ranks.rank} stands in {Path.cwd()}, where the paths name other folders than rank 0's",
+                hint="start all ranks in one folder",
+            )
+
+    ranks.together(compare)
+    return asked
+
+
+def _loaded() -> None:
+    """torch, whose import is not part of the work, and may fail on one machine."""
+    import flctl.model.merge  # noqa: F401
+
+
+def _size(base: Path) -> int:
+    """The bytes of the model's weights."""
+    shards = open_shards(base)
+    if not any(tensor.averaged for tensor in shards.tensors.values()):
+        raise AggregationRefused(f"{base}: no tensor of a float dtype, so nothing to average")
+    return shards.size
+
+
 def _made(request: Request, asked: Checked, work: _Work, ranks: Ranks) -> "tuple[Made, AdapterReport | None]":
-    total = open_shards(asked.base).size
     if request.adapters == "mean":
         from flctl.model.merge import merge
 
@@ -111,7 +153,7 @@ def _made(request: Request, asked: Checked, work: _Work, ranks: Ranks) -> "tuple
             work.draft,
             recipe=work.recipe,
             state=work.state,
-            progress=lambda done: work.progress(done, total),
+            progress=work.progress,
             stop=work.stop,
             threads=request.threads,
             ranks=ranks,
@@ -129,7 +171,7 @@ def _made(request: Request, asked: Checked, work: _Work, ranks: Ranks) -> "tuple
                 base=request.base and asked.base,
                 recipe=work.recipe,
                 state=work.state,
-                progress=lambda done: work.progress(done, total),
+                progress=work.progress,
                 stop=work.stop,
             )
             if ranks.first
@@ -141,35 +183,9 @@ def _made(request: Request, asked: Checked, work: _Work, ranks: Ranks) -> "tuple
 
 @contextmanager
 def _workplace(out: Path, ranks: Ranks) -> Iterator[Path]:
-    """The place of the draft: nobody else makes `out` meanwhile, and what an earlier kill left there is gone."""
-    draft = out.with_name(f".{out.name}.draft")
     with ExitStack() as stack:
-        ranks.together(lambda: stack.enter_context(_alone(out, draft)) if ranks.first else None)
-        yield draft
-
-
-@contextmanager
-def _alone(out: Path, draft: Path) -> Iterator[None]:
-    lock = out.with_name(f".{out.name}.lock")
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(lock, os.O_RDWR | os.O_CREAT, 0o600)
-    except OSError as error:
-        raise translated(error, out) from error
-    try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise Locked(f"another flctl is making {out}", hint="wait for it to end, or name another folder") from None
-        except OSError:
-            pass  # a file system without locks, as some of Lustre's
-        try:
-            shutil.rmtree(draft, ignore_errors=True)
-            yield
-        finally:
-            lock.unlink(missing_ok=True)
-    finally:
-        os.close(descriptor)
+        draft = ranks.together(lambda: stack.enter_context(alone(out)) if ranks.first else None)
+        yield cast(Path, ranks.shared(draft))
 
 
 def _state(request: Request, asked: Checked, stop: Callable[[], bool]) -> tuple[State | None, tuple[str, ...]]:
@@ -180,28 +196,54 @@ def _state(request: Request, asked: Checked, stop: Callable[[], bool]) -> tuple[
     if request.base is None:
         return None, ()
     state = apart.find_state(asked.base, asked.state, stop)
-    if state is None or state.rule == request.rule:
-        return state, ()
-    if state.folder == asked.state:
-        raise UsageError(
-            f"{state.folder} is the state of the rule {state.rule}, not of {request.rule}",
-            hint=f"--rule {state.rule}, or another folder for --state",
+    if state is None:
+        return None, _begun(request, asked)
+    notes, masters = [], state.has(MASTER)
+    if state.rule != request.rule:
+        going_on = request.master and masters
+        if state.folder == asked.state and not going_on:
+            more = "; --master goes on with its master weights" if masters else ""
+            raise UsageError(
+                f"{state.folder} is the state of the rule {state.rule}, not of {request.rule}",
+                hint=f"--rule {state.rule}; to begin anew, give --state an empty folder{more}",
+            )
+        since = ", from its master weights" if going_on else ""
+        notes.append(f"the state in {state.folder} is of {state.rule}: {request.rule} begins anew{since}")
+    if masters and not request.master:
+        notes.append(f"{state.folder} holds master weights, which are not used without --master")
+    return state, tuple(notes)
+
+
+def _begun(request: Request, asked: Checked) -> tuple[str, ...]:
+    """What the user should know where there is no state to go on from. ConfigurationError if there was one and nobody
+    said that it is to begin anew."""
+    beside = asked.base / FOLDER
+    lost = apart.had_state(asked.base, request.rule, master=request.master)
+    if asked.state is not None and apart.begins_anew(asked.state):
+        unused = f", {beside} is not used" if beside.exists() else ""
+        return (f"{asked.state} is empty: {request.rule} begins anew{unused}",) if lost or unused else ()
+    if lost:
+        places = f"neither {asked.state} nor {beside} is there" if asked.state else f"{beside} is not there"
+        raise ConfigurationError(
+            f"{asked.base} was made by {lost} with a state, but {places}",
+            hint="--state DIR: the folder it is kept in; to begin anew, an empty one: mkdir NEW, then --state NEW",
         )
-    return state, (f"the state beside the base is of {state.rule}: {request.rule} begins anew",)
+    return ()
 
 
-def _finish(request: Request, asked: Checked, made: "Made", draft: Path, result: Aggregated) -> None:
+def _finish(request: Request, asked: Checked, made: "Made", work: _Work, result: Aggregated) -> None:
     """The record, then the rename that makes the model, then the state's own place."""
-    kept = asked.state if made.state else None
+    draft, kept = work.draft, asked.state if made.state else None
     try:
         (draft / RECORD).write_text(json.dumps(_record(request, asked, made, result), indent=1) + "\n")
         apart.sync(draft / RECORD)
         if kept:
             apart.stage(draft / FOLDER, kept)
         apart.sync(draft)
+        if work.stop():
+            raise Interrupted("stopped before the model was in its place; nothing was made")
         draft.rename(asked.out)
     except BaseException as error:
-        shutil.rmtree(draft, ignore_errors=True)
         if kept:
             apart.unstage(kept)
         if isinstance(error, OSError):
