@@ -53,7 +53,7 @@ def show_comparison(models: Models, comparison: Comparison) -> None:
 
 
 def show_scaling(scaling: Scaling) -> None:
-    head = ("", "sources", "GB moved", "wall s", "CPU s", "peak MB", "plain s", "/ plain", "s per GB")
+    head = ("", "sources", "GB moved", "from disk", "wall s", "CPU s", "peak MB", "plain s", "/ plain", "s per GB")
     rows = [_size(point) for point in scaling.points]
     notes = [*scaling.notes, "GB moved: contributions read and output written. The base is the first contribution."]
     _table("flctl by size", head, rows, [*notes, *map(_line, scaling.slopes)])
@@ -62,8 +62,8 @@ def show_scaling(scaling: Scaling) -> None:
 def _row(result: Result) -> tuple[str, ...]:
     name = f"{result.name} {result.version}"
     if trouble := result.trouble or trouble_in(result.runs):
-        peak = max((done.run.peak for done in result.runs), default=0)
-        return name, f"{trouble}; peak {peak / GB:.2f} GB"
+        peaks = [f"peak {done.run.peak / GB:.2f} GB" for done in result.runs]
+        return name, "; ".join([trouble, *peaks])
     runs = [done.run for done in result.runs]
     wall = median(run.wall for run in runs)
     return (
@@ -101,6 +101,7 @@ def _size(point: Point) -> tuple[str, ...]:
         name,
         str(point.contributions),
         f"{point.moved / GB:.2f}",
+        f"{point.fetched / GB:.2f}",
         f"{point.wall:.2f}",
         f"{point.cpu:.2f}",
         f"{point.peak / 1e6:.0f}",

@@ -13,7 +13,7 @@ from bench.checkpoints import SMALL, TINYLLAMA, Shape
 from bench.measure import can_drop_caches
 from bench.models import Checked, Models, made, our_run, plain_run, trouble_in
 from bench.ours import Floor
-from bench.workplace import GB, free_bytes, memory
+from bench.workplace import GB, free_bytes, memory, require
 
 SPARE = 15 * GB
 THREE = (5, 3, 2)
@@ -46,6 +46,11 @@ class Point:
         return max(checked.run.peak for checked in self.runs)
 
     @property
+    def fetched(self) -> int:
+        """Bytes from the disk, in the run that had most of them."""
+        return max(checked.run.fetched for checked in self.runs)
+
+    @property
     def floor_time(self) -> float:
         return statistics.median(floor.total for floor in self.floor)
 
@@ -76,6 +81,7 @@ class Scaling:
 
 def scale(root: Path, repetitions: int) -> Scaling:
     """Nothing made here stays: the sizes would not fit on the disk together."""
+    require(root, int((len(SIXTEEN) + 1) * SMALL.size + SPARE))
     shapes, notes = _sizes(free_bytes(root))
     if not can_drop_caches():
         notes.append("not root: no cold runs")
@@ -106,8 +112,8 @@ def _demand(shape: Shape) -> int:
 
 
 def _points(models: Models, repetitions: int) -> Iterator[Point]:
-    """Warm only where inputs and output fit into memory; the output twice, for the last one lingers there."""
-    if models.moved + models.shape.size < memory("MemAvailable"):
+    """Warm only where inputs and output fit into memory."""
+    if models.moved < 0.9 * memory("MemAvailable"):
         yield _point(models, repetitions, cold=False)
     if can_drop_caches():
         yield _point(models, repetitions, cold=True)
