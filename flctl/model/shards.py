@@ -16,6 +16,7 @@ from flctl.model.header import CHUNK, HEADER_LIMIT, INDEX_LIMIT, ITEMSIZE, Tenso
 
 __all__ = ["CHUNK", "Reader", "Shard", "Shards", "Tensor", "open_shards"]
 
+AHEAD = 8 << 20  # bytes
 KINDS = ("model", "adapter_model")
 
 
@@ -108,6 +109,7 @@ class Reader:
         self._seen = {shard.name: (shard.size, shard.modified) for shard in shards.files}
         self._file = ""
         self._descriptor = -1
+        self._asked = 0
 
     def read(self, tensor: Tensor, start: int, into: memoryview) -> None:
         """Fills `into` with the tensor's bytes from element `start` on."""
@@ -128,6 +130,14 @@ class Reader:
             self._file = file
             self._check()
         _fill(self._descriptor, offset, into, path, self._shards.site)
+        self._ask_ahead(offset + len(into))
+
+    def _ask_ahead(self, end: int) -> None:
+        """The disk fetches what will be read next while this is computed with."""
+        start = self._asked if end <= self._asked <= end + AHEAD else end
+        if hasattr(os, "posix_fadvise") and start <= end + AHEAD // 2:
+            os.posix_fadvise(self._descriptor, start, end + AHEAD - start, os.POSIX_FADV_WILLNEED)
+            self._asked = end + AHEAD
 
     def close(self) -> None:
         if self._descriptor >= 0:
