@@ -97,7 +97,9 @@ def prepared(
     rule = find_rule(recipe.rule).with_options(options)
     sources = ordered(contributions)
     if reason := rule.refusal(len(sources), options):
-        raise AggregationRefused(f"{recipe.rule}: {reason}")
+        raise AggregationRefused(
+            f"{recipe.rule}: {reason}", hint="merge more contributions, or choose another rule: docs/aggregation.md"
+        )
     if not ours.tensors:
         raise AggregationRefused(f"{base}: no tensor, so nothing to merge")
     places = {name: place for place, name in enumerate(ours.tensors)}
