@@ -107,7 +107,8 @@ class Order:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Job:
     """What the scheduler and the site said of one attempt. Times are Unix seconds: `claimed_at`, `started_at` and
-    `ended_at` on the site's clock, `absent_at` (first successful listing without the job) on ours."""
+    `ended_at` on the site's clock, `absent_at` (first successful listing without the job) on ours. `elapsed`: seconds
+    that it ran, as the scheduler counts them; `never`: its words where it says that the job can never run."""
 
     token: str
     id: str | None = None
@@ -119,6 +120,8 @@ class Job:
     expected_start: float | None = None
     expected_end: float | None = None
     absent_at: float | None = None
+    elapsed: float | None = None
+    never: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -147,7 +150,8 @@ class Failure:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Run:
-    """One piece of work at one site. `number` counts that site's runs from 1; `attempt` counts its tries from 1."""
+    """One piece of work at one site. `number` counts that site's runs from 1; `attempt` counts its tries from 1;
+    `spent`: node-hours that earlier attempts used."""
 
     number: int
     order: Order
@@ -158,6 +162,7 @@ class Run:
     contribution: Contribution | None = None
     failure: Failure | None = None
     skipped: bool = False
+    spent: float = 0.0
     created_at: float
     changed_at: float
     schema: int = SCHEMA
@@ -213,8 +218,10 @@ class Merge:
 class Contact:
     """What is remembered of a site between contacts; written only under the site's lock. `due`: Unix seconds of the
     next one, as of `known_at` (a run ordered after that is due at once); `failures`: tries in a row that did not reach
-    it; `logins`: authentications ever made for this campaign; `workdir` and `data`: what
-    `resolved`, the profile's two paths, mean there."""
+    it; `logins`: authentications ever made for this campaign, the last one at `login_at`, with what is good until
+    `login_until` (a certificate, a kept connection); `rsync`: the version that the transfer host has; `free`: bytes
+    left in the work folder when it was last asked; `workdir` and `data`: what `resolved`, the profile's two paths,
+    mean there."""
 
     due: float = 0.0
     known_at: float = 0.0
@@ -224,6 +231,10 @@ class Contact:
     trouble: Failure | None = None
     held: Held | None = None
     logins: int = 0
+    login_at: float | None = None
+    login_until: float | None = None
+    rsync: str | None = None
+    free: int | None = None
     workdir: str | None = None
     data: str | None = None
     resolved: tuple[str, str] | None = None

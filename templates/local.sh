@@ -49,9 +49,9 @@ program() {
   trap '' USR1
   echo "$BASHPID" >program.pid
   set +u
-  export PYTHONUNBUFFERED=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
+  export PYTHONUNBUFFERED=1 TOKENIZERS_PARALLELISM=false
   {{environment}}
-  exec {{launch}} {{python}} {{trainer}}
+  exec {{launch}} {{container}} {{python}} {{trainer}}
 }
 
 # In the background, since bash runs no trap while it waits for a program in the foreground. The program's status goes

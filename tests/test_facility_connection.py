@@ -286,7 +286,7 @@ def jump() -> Iterator[Sshd]:
 
 def through(server: Sshd, jump: Sshd, **fields: Any) -> Any:
     jump.authorize(server.client_key.with_suffix(".pub").read_text())
-    return site_of(server, jump=f"{jump.user}@{jump.address}:{jump.port}", **fields)
+    return site_of(server, proxy_jump=f"{jump.user}@{jump.address}:{jump.port}", **fields)
 
 
 def test_both_roads_lead_through_the_jump_host(server: Sshd, jump: Sshd, tmp_path: Path) -> None:

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from flctl.errors import ConfigurationError
-from flctl.facility.profile import CODE_PROMPT, Login, Scheduler, Shape, Site, load_site, missing, seconds_of
+from flctl.facility.fields import CODE_PROMPT, seconds_of
+from flctl.facility.profile import Login, Scheduler, Shape, Site, load_site, missing
 from flctl.facility.table import keys_of, load_table
 
 SITES = Path(__file__).parent.parent / "sites"
@@ -90,14 +91,14 @@ def test_example_toml_explains_every_key() -> None:
     """A key is there as `key =` in its own table, or behind a comment sign where it cannot be set for all."""
     found, table = set(), ""
     for line in (SITES / "example.toml").read_text(encoding="utf-8").splitlines():
-        if match := re.match(r"\[([\w.]+)\]", line):
-            table = match[1].replace("shapes.prod", "shapes.*")
+        if match := re.match(r"(?:# )?\[([\w.]+)\]", line):
+            table = match[1].replace("shapes.prod", "shapes.*").replace("queues.batch", "queues.*")
             found.add(table)
         elif match := re.match(r"(?:# )?(\w+) = .*", line):
             found.add(f"{table}.{match[1]}".removeprefix("."))
-    known = {".".join(place) for place in keys_of(Site)} - {"shapes"}
+    known = {".".join(place) for place in keys_of(Site)} - {"shapes", "queues"}
     assert known - found == set()
-    assert {key for key in found if not key.startswith(("train.", "shapes.*"))} <= known
+    assert {key for key in found if not key.startswith(("train.", "shapes.*", "queues.*"))} <= known
 
 
 def test_the_values_in_example_toml_are_the_defaults() -> None:
@@ -105,7 +106,7 @@ def test_the_values_in_example_toml_are_the_defaults() -> None:
     site = load_site(SITES / "example.toml")
     bare = Site(schema=1, name="bare", scheduler=Scheduler(kind="slurm"), shapes={"prod": Shape()})
     differing = set()
-    for table in ("login", "transfer", "scheduler", "environment", "poll"):
+    for table in ("about", "login", "transfer", "scheduler", "environment", "budget", "poll"):
         given, default = getattr(site, table), getattr(bare, table)
         differing |= {
             f"{table}.{field.name}"
@@ -134,7 +135,7 @@ def test_several_problems_are_told_at_once_one_per_line(tmp_path: Path) -> None:
     assert lines[1:] == [
         "  login.port: must be a whole number",
         "  login.user: 'a b' is not a user name",
-        "  scheduler.kind: must be 'slurm' or 'local'",
+        "  scheduler.kind: must be 'slurm', 'pbs' or 'local'",
     ]
 
 
@@ -147,7 +148,7 @@ WRONG = [
     ('host = "login.example.org"', 'host = "a;id"', "login.host: "),
     ('user = "me"', 'user = "-l"', "login.user: "),
     ('user = "me"', "port = 0", "login.port: 0 is not between 1 and 65535"),
-    ('user = "me"', 'jump = "a b"', "login.jump: 'a b' is not [user@]host[:port]"),
+    ('user = "me"', 'proxy_jump = "a b"', "login.proxy_jump: 'a b' is not [user@]host[:port]"),
     ('user = "me"', 'host_keys = ["MD5:aa"]', "login.host_keys (item 1): 'MD5:aa' is not a fingerprint"),
     ('user = "me"', 'key = "~/$(id)"', "login.key: "),
     ('work = "$WORK/flctl"', 'work = "$WORK/$(id)"', "storage.work: "),
@@ -199,7 +200,7 @@ CONTRADICTIONS = [
     ('kind = "slurm"', 'kind = "slurm"\nshape = "debg"', "there is no [shapes.debg]; did you mean 'debug'?"),
     ('user = "me"', 'certificate = "~/a-cert.pub"', 'login.certificate: needs login.kind = "certificate"'),
     ('user = "me"', 'kind = "certificate"\ncertificate = "~/a-cert.pub"', "login.certificate: needs login.key"),
-    ('user = "me"', 'totp.automation = "permitted"', 'login.totp.automation: needs login.kind = "key+totp"'),
+    ('user = "me"', 'totp.automation = "permitted"', "login.totp.automation: needs a login.kind with totp in it"),
     ('user = "me"', 'kind = "key+totp"\ntotp.automation = "permitted"', "login.totp.permission: must say"),
     ("schema = 1", 'schema = 1\nconnection = "local"', 'login.host: must be left out where connection = "local"'),
     ("schema = 1", "schema = 1\ntransfer.shell = false", "transfer.shell: only a transfer host of its own"),

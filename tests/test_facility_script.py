@@ -43,6 +43,7 @@ def script(site: Site, folder: str = "/work/c-1234", data: str = "/data") -> str
         workdir=root,
         payload=root / "payload" / "ab",
         data=data,
+        now=0.0,
     )
 
 
@@ -194,16 +195,17 @@ def test_the_environment_comes_in_its_order() -> None:
         "module load a/1 || exit 1",
         "module load b/2 || exit 1",
         '. "$WORK/venv/bin/activate"',
+        "export HF_HUB_OFFLINE=1",
         "export ONE='a b'",
         'export TWO="$TMPDIR/x"',
         *(f"export {name}=http://proxy:3128" for name in ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY")),
     ]
-    assert environment_lines(SITE) == []
+    assert environment_lines(SITE) == ["export HF_HUB_OFFLINE=1"]
 
 
 def test_every_value_is_documented() -> None:
     path = PurePosixPath("/a")
-    values = job_values(SITE, token="f", campaign="c", run=path, workdir=path, payload=path, data="/d")
+    values = job_values(SITE, token="f", campaign="c", run=path, workdir=path, payload=path, data="/d", now=0.0)
     told = (ROOT / "docs" / "sites.md").read_text(encoding="utf-8").partition("## The job script")[2]
     assert [name for name in values if f"`{name}`" not in told] == []
 

@@ -1,5 +1,6 @@
 """Owns the dry run: what a round would do, rendered in memory, nothing touched."""
 
+import time
 from pathlib import PurePosixPath
 from typing import Any
 
@@ -48,5 +49,6 @@ def _script(workspace: Workspace, name: str, *, later: int = 0, merges: bool = F
         workdir=root,
         payload=root / "payload" / shipped.payload_sha256(),
         data=contact.data or site.storage.data,
+        now=time.time(),
         program=root / "payload" / shipped.merger_sha256() / shipped.MERGER if merges else None,
     )

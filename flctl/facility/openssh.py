@@ -54,7 +54,7 @@ def transfer_place(site: Site) -> Place:
 
 def jump_place(site: Site) -> Place | None:
     """The host that connections go through; its user is the site's own where the profile names none."""
-    match = re.fullmatch(r"(?:([^@]+)@)?([^:]+)(?::(\d+))?", site.login.jump)
+    match = re.fullmatch(r"(?:([^@]+)@)?([^:]+)(?::(\d+))?", site.login.proxy_jump)
     if not match:
         return None
     return Place(host=match[2], port=int(match[3] or 22), user=match[1] or site.login.user)
@@ -95,7 +95,7 @@ def ssh(site: Site, place: Place, known_hosts: Path, *, code: bool = False, via_
         "LogLevel": "ERROR",
         **_identity(site),
     }
-    if via_jump and site.login.jump:
+    if via_jump and site.login.proxy_jump:
         options["ProxyCommand"] = shlex.join(jump_command(site, place, known_hosts)).replace("%", "%%")
     words = [word for name, value in options.items() for word in ("-o", f"{name}={value}")]
     return ["ssh", "-F", "none", *words, "-p", str(place.port), "-l", place.user]

@@ -97,7 +97,7 @@ class OverSsh:
         return None
 
     def _note_login(self) -> None:
-        for _ in ("jump host", "host") if self.site.login.jump else ("host",):
+        for _ in ("jump host", "host") if self.site.login.proxy_jump else ("host",):
             self._count()
 
     def close(self) -> None:

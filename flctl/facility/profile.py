@@ -1,159 +1,135 @@
 """Owns site profiles: sites/<name>.toml -> Site, with all checks; nothing in a profile is ever a secret."""
 
 import dataclasses
-import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from flctl.facility.table import REFERENCES, Check, between, dotted, like, load_table, nearest, refused
+from flctl.facility import fields as kinds
+from flctl.facility.consistency import contradictions
+from flctl.facility.table import between, load_table, refused
 
 __all__ = [
-    *("Environment", "Login", "Poll", "Scheduler", "Shape", "Site", "Storage", "Totp", "Transfer"),
-    *("load_site", "load_table", "missing"),
+    *("About", "Budget", "Container", "Environment", "Login", "Password", "Poll", "Queue", "Reservation", "Scheduler"),
+    *("Shape", "Site", "Storage", "Totp", "Transfer", "load_site", "load_table", "missing"),
 ]
 
-CODE_PROMPT = (
-    r"(?i)^(?!.*\bnew\b)(?!.*password\s*(?:&|and|\+)).*"
-    r"(?:verification code|one[- ]time (?:password|passcode|code)|\bt?otp\b|authenticator code|second factor)"
-)
 
-_HOST = r"[A-Za-z0-9](?:[A-Za-z0-9.-]{0,252}[A-Za-z0-9])?|[0-9A-Fa-f]{0,4}(?::[0-9A-Fa-f]{0,4}){2,7}"
-_USER = r"[A-Za-z0-9_][A-Za-z0-9_.+-]{0,63}"
-_WORD = r"[A-Za-z0-9_][A-Za-z0-9_.+@-]{0,127}"
-_VARIABLE = r"\$(?:[A-Za-z_]\w*|\{[A-Za-z_]\w*\})"
-_PLAIN = r"""[^$'"`\\<>|;&*?\x00-\x1f\x7f]"""
-_PATH = rf"(?:/|~(?:/|$)|{_VARIABLE})(?:{_PLAIN}|{_VARIABLE})*"
-_OPTION = r"--[a-z][a-z0-9-]*(?:=[A-Za-z0-9_.,:/@%+=*&()\[\]-]+)?"
-_OURS = frozenset(
-    {"job-name", "requeue", "no-requeue", "output", "error", "open-mode", "signal", "array", "wait", "wrap", "chdir"}
-    | {"parsable", "test-only", "account", "partition", "qos", "reservation", "nodes", "time"}
-)
-"""Options of sbatch that the job template gives itself; a second one would break the claim, the log or the record."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class About:
+    """Where a profile's facts come from. `checked`: the day on which they were last compared with `evidence`;
+    `questions`: what the evidence does not settle."""
+
+    docs: kinds.Address = ""
+    checked: kinds.Day = ""
+    evidence: tuple[str, ...] = ()
+    questions: tuple[str, ...] = ()
 
 
-def seconds_of(text: Any) -> int:
-    """`MM:SS`, `HH:MM:SS` or `D-HH:MM:SS` in seconds."""
-    match = isinstance(text, str) and re.fullmatch(r"(?:(?:(\d{1,3})-)?(\d{1,4}):)?(\d{1,2}):(\d{2})", text, re.ASCII)
-    if not match:
-        raise ValueError(f'{text!r} is not a time: "HH:MM:SS", "D-HH:MM:SS" or "MM:SS"')
-    days, hours, minutes, seconds = (int(part or 0) for part in match.groups())
-    if minutes > 59 or seconds > 59 or not (days or hours or minutes or seconds):
-        raise ValueError(f'{text!r} is not a time: "HH:MM:SS", "D-HH:MM:SS" or "MM:SS", more than zero')
-    return days * 86400 + hours * 3600 + minutes * 60 + seconds
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Password:
+    """The account's password, where the server asks for one. `secret` is a reference; `prompt` the regular expression
+    that the server's question must match (searched) before it is sent."""
 
-
-def _option(text: str) -> str:
-    if not re.fullmatch(_OPTION, text):
-        raise ValueError(f'{text!r} is not one option of the scheduler, written "--name=value"')
-    name = text[2:].split("=")[0]
-    if name in _OURS:
-        raise ValueError(f"--{name} is set by the job template: use the profile's own key for it, or leave it out")
-    return text
-
-
-def _secret(text: str) -> str:
-    if not re.fullmatch(r"|(?:command|file|keyring):\s*\S.*|env:[A-Za-z_]\w*", text, re.ASCII):
-        looks = "looks like a secret itself" if re.fullmatch(r"[A-Za-z2-7 =-]{16,}", text) else "is not a reference"
-        raise ValueError(f"{looks}; a profile holds a reference to the secret: {REFERENCES}")
-    return text
-
-
-def _pattern(text: str) -> str:
-    try:
-        re.compile(text)
-    except re.error as error:
-        raise ValueError(f"is not a regular expression: {error}") from None
-    return text
-
-
-def _exports(table: dict[str, str]) -> dict[str, str]:
-    for name, value in table.items():
-        if not re.fullmatch(r"[A-Za-z_]\w*", name, re.ASCII) or name.startswith("FLCTL_"):
-            raise ValueError(f"{name!r} is not a variable that a profile may set")
-        if "$" in value and not re.fullmatch(rf"(?:{_PLAIN}|{_VARIABLE}|[;*?<>|&])*", value, re.ASCII):
-            raise ValueError(f"{name} may hold $NAME or ${{NAME}}, then no quotes, backslashes or commands")
-    return table
-
-
-def _given(pattern: str, what: str) -> Check:
-    return like(pattern, what, empty=False)
-
-
-_PATH_RULE = "an absolute path; it may hold $NAME or ${NAME}, but no quotes, backslashes, wildcards or commands"
-_BARE = r"[A-Za-z0-9_][A-Za-z0-9_.+-]*"
-
-Name = Annotated[str, _given(r"[a-z0-9][a-z0-9_-]{0,62}", "a site's name: lower-case letters, digits, - and _")]
-Host = Annotated[str, like(_HOST, "a host name")]
-User = Annotated[str, like(_USER, "a user name")]
-Port = Annotated[int, between(1, 65535)]
-Word = Annotated[str, like(_WORD, "a name: letters, digits and _ . + @ -")]
-Partition = Annotated[str, like(rf"{_WORD}(?:,{_WORD})*", "a partition, or several with commas between")]
-RemotePath = Annotated[str, like(_PATH, _PATH_RULE)]
-Program = Annotated[str, _given(rf"(?:{_PATH})|{_BARE}", "a program's name or absolute path")]
-PlainProgram = Annotated[str, _given(rf"/{_PLAIN}*|{_BARE}", "a program's name or absolute path, without variables")]
-LocalPath = Annotated[str, like(rf"(?:{_PLAIN}|{_VARIABLE})+", "a path")]
-Fingerprint = Annotated[str, _given(r"SHA256:[A-Za-z0-9+/]{43}=?", "a fingerprint as ssh-keygen -l prints: SHA256:...")]
-Option = Annotated[str, Check(_option)]
-Module = Annotated[str, _given(r"[A-Za-z0-9_][A-Za-z0-9_.+/@-]*", "a module's name")]
-Seconds = Annotated[int, Check(seconds_of, before=True)]
+    secret: kinds.Secret = ""
+    prompt: kinds.Pattern = kinds.PASSWORD_PROMPT
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Totp:
-    """The one-time code of `key+totp`. `secret` is a reference; `prompt` the regular expression that the server's
-    question must match (searched) before a code is sent; `permission` names the facility's consent to automation."""
+    """The one-time code. `secret` is a reference; `prompt` the regular expression that the server's question must match
+    (searched) before a code is sent; `permission` names the facility's consent to automation."""
 
     automation: Literal["forbidden", "permitted"] = "forbidden"
     permission: str = ""
-    secret: Annotated[str, Check(_secret)] = ""
+    secret: kinds.Secret = ""
     digits: Literal[6, 8] = 6
     algorithm: Literal["SHA1", "SHA256", "SHA512"] = "SHA1"
     period: Annotated[int, between(5, 3600)] = 30
-    prompt: Annotated[str, Check(_pattern)] = CODE_PROMPT
+    prompt: kinds.Pattern = kinds.CODE_PROMPT
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Login:
-    """Where commands run. `key`: a file here, or "agent"; `jump`: [user@]host[:port]; `multiplex`: whether the
-    facility allows several sessions over one connection."""
+    """Where commands run, and how one gets in.
 
-    host: Host = ""
-    port: Port = 22
-    user: User = ""
-    kind: Literal["key", "certificate", "key+totp"] = "key"
-    key: LocalPath = "agent"
-    certificate: LocalPath = ""
-    jump: Annotated[str, like(rf"(?:{_USER}@)?(?:[A-Za-z0-9][A-Za-z0-9.-]*)(?::\d{{1,5}})?", "[user@]host[:port]")] = ""
-    host_keys: tuple[Fingerprint, ...] = ()
+    `key`: a file here, or "agent"; `renew`: a program here that gets a new certificate (words, no shell), and
+    `renew_unattended` whether it does so without asking anybody; `multiplex`: whether the facility allows several
+    sessions over one connection; `interval`: seconds between two logins at least; `hold`: seconds for which
+    `flctl login` may keep a connection for later commands (0: the facility does not allow it)."""
+
+    host: kinds.Host = ""
+    port: kinds.Port = 22
+    user: kinds.User = ""
+    kind: Literal["key", "certificate", "key+totp", "password+totp", "totp", "attended"] = "key"
+    key: kinds.LocalPath = "agent"
+    certificate: kinds.LocalPath = ""
+    renew: kinds.LocalCommand = ""
+    renew_unattended: bool = False
+    proxy_jump: kinds.Jump = ""
+    host_keys: tuple[kinds.Fingerprint, ...] = ()
     multiplex: bool = True
+    interval: Annotated[int, between(0, 3600)] = 0
+    hold: kinds.Walltime = 0
+    password: Password = field(default_factory=Password)
     totp: Totp = field(default_factory=Totp)
+
+    @property
+    def coded(self) -> bool:
+        """Whether each login costs a one-time code, or a person."""
+        return self.kind not in ("key", "certificate")
+
+    @property
+    def attended(self) -> bool:
+        """Whether a person must answer each login."""
+        return self.coded and (self.kind == "attended" or self.totp.automation != "permitted")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Transfer:
-    """Where files go; an empty host is the login host. `shell`: whether commands run there at all."""
+    """Where files go; an empty host is the login host. `shell`: whether commands run there at all; `rsync`: the program
+    there, where it is not in the PATH of a login."""
 
-    host: Host = ""
-    port: Port = 22
-    host_keys: tuple[Fingerprint, ...] = ()
+    host: kinds.Host = ""
+    port: kinds.Port = 22
+    host_keys: tuple[kinds.Fingerprint, ...] = ()
     shell: bool = True
+    rsync: kinds.MaybeProgram = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Reservation:
+    """Nodes set aside; used from `start` to `end` (Unix seconds; 0: without an end on that side)."""
+
+    name: kinds.Word = ""
+    start: kinds.Moment = 0.0
+    end: kinds.Moment = 0.0
+
+    def holds(self, now: float, walltime: int) -> bool:
+        """Whether a job submitted now would end within it."""
+        return bool(self.name) and self.start <= now and (not self.end or now + walltime <= self.end)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Shape:
     """Named resources of a job: `gpus` per node, `cpus` per node (0: the scheduler's default), `walltime` in seconds.
+    `select` replaces the select statement of PBS; `dependency`: jobs to wait for, as the scheduler writes it.
     What is empty comes from the scheduler's table."""
 
     nodes: Annotated[int, between(1, 100_000)] = 1
     gpus: Annotated[int, between(0, 64)] = 0
     cpus: Annotated[int, between(0, 4096)] = 0
-    walltime: Seconds = 3600
-    account: Word = ""
-    partition: Partition = ""
-    qos: Word = ""
-    reservation: Word = ""
-    extra: tuple[Option, ...] = ()
+    walltime: kinds.Seconds = 3600
+    account: kinds.Word = ""
+    partition: kinds.Partition = ""
+    queue: kinds.Word = ""
+    qos: kinds.Word = ""
+    reservation: Reservation = field(default_factory=Reservation)
+    dependency: kinds.Dependency = ""
+    select: kinds.Resources = ""
+    place: kinds.Resources = ""
+    filesystems: kinds.Resources = ""
+    extra: tuple[kinds.Option, ...] = ()
 
     @property
     def warning(self) -> int:
@@ -162,52 +138,102 @@ class Shape:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Queue:
+    """What the partition, the queue or the QOS of that name allows a job; 0 where no limit is known. `max_walltime` in
+    seconds; `max_running`: jobs of one user; `charge`: node-hours charged for each used."""
+
+    min_nodes: Annotated[int, between(0, 100_000)] = 0
+    max_nodes: Annotated[int, between(0, 100_000)] = 0
+    max_walltime: kinds.Walltime = 0
+    max_node_hours: Annotated[float, between(0)] = 0.0
+    max_running: Annotated[int, between(0, 100_000)] = 0
+    charge: Annotated[float, between(0, 1000)] = 1.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Scheduler:
     """`account`: None where the facility asks for none, empty while it is still to be filled in. `shape` names the
-    table of [shapes] that jobs get; `accounting`: whether sacct may be asked."""
+    table of [shapes] that jobs get; `accounting`: whether sacct, or PBS's history, may be asked."""
 
-    kind: Literal["slurm", "local"]
-    account: Word | None = None
-    partition: Partition = ""
-    qos: Word = ""
-    reservation: Word = ""
+    kind: Literal["slurm", "pbs", "local"]
+    account: kinds.Word | None = None
+    partition: kinds.Partition = ""
+    queue: kinds.Word = ""
+    qos: kinds.Word = ""
+    reservation: Reservation = field(default_factory=Reservation)
+    place: kinds.Resources = ""
+    filesystems: kinds.Resources = ""
     shape: str = "prod"
     accounting: bool = True
-    extra: tuple[Option, ...] = ()
+    extra: tuple[kinds.Option, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Storage:
-    """Paths at the site; variables in them are resolved there, once. `data` never leaves it."""
+    """Paths at the site; variables in them are resolved there, once. `data` never leaves it. `purge_days`: after how
+    many days the site removes what nobody touched there (0: never); `quota`: a command there that shows the rest."""
 
-    work: RemotePath = ""
-    data: RemotePath = ""
+    work: kinds.RemotePath = ""
+    data: kinds.RemotePath = ""
+    purge_days: Annotated[int, between(0, 3650)] = 0
+    quota: kinds.Words = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Container:
+    """The image in which the trainer runs. `program`: what runs it (empty: no container); `image`: its path there;
+    `gpu`: the flag that lets it see the GPUs; `binds`: folders it sees besides the run's own."""
+
+    program: Literal["", "apptainer", "singularity"] = ""
+    image: kinds.RemotePath = ""
+    gpu: kinds.Flags = ""
+    binds: tuple[kinds.Bind, ...] = ()
+    options: tuple[kinds.Flag, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Environment:
-    """What a job does before it trains: modules, then `activate` (shell lines, as they are), then exports and proxy.
-    `python` runs the trainer; `seal_python` (3.6 or newer, also on the login host) keeps the records."""
+    """What a job does before it trains: module folders and modules, variables to unset, then `activate` (shell lines,
+    as they are), then exports and proxy. `offline`: no library asks a hub. `python` runs the trainer, in the
+    container if there is one; `seal_python` (3.6 or newer, also on the login host) keeps the records."""
 
-    modules: tuple[Module, ...] = ()
+    modules_use: tuple[kinds.RemotePath, ...] = ()
+    modules: tuple[kinds.Module, ...] = ()
+    unset: tuple[kinds.Variable, ...] = ()
     activate: tuple[str, ...] = ()
-    exports: Annotated[dict[str, str], Check(_exports)] = field(default_factory=dict)
-    proxy: Annotated[str, like(r"https?://[A-Za-z0-9.-]+(?::\d{1,5})?/?", "a proxy: http://host:port")] = ""
-    python: Program = "python3"
-    seal_python: PlainProgram = "python3"
-    launch: Annotated[str, like(rf"(?:{_PLAIN}|{_VARIABLE})+", "a launcher and its options, such as srun")] = ""
-    trainer: RemotePath = ""
+    exports: kinds.Exports = field(default_factory=dict)
+    proxy: kinds.Proxy = ""
+    offline: bool = True
+    container: Container = field(default_factory=Container)
+    python: kinds.Program = "python3"
+    seal_python: kinds.PlainProgram = "python3"
+    launch: kinds.Words = ""
+    trainer: kinds.RemotePath = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Poll:
-    """Seconds: between contacts; between contacts that each cost a one-time code; between the two looks that prove a
-    job gone; from a claim to giving up on a job that nobody ever saw."""
+    """Seconds: between contacts, at first and at most (they grow apart while nothing changes); between contacts that
+    each cost a one-time code; between the two looks that prove a job gone; from a claim to giving up on a job that
+    nobody ever saw."""
 
     every: Annotated[int, between(1, 86400)] = 60
+    most: Annotated[int, between(1, 86400)] = 600
     login_every: Annotated[int, between(1, 604800)] = 3600
     absence: Annotated[int, between(1, 86400)] = 60
     claim_window: Annotated[int, between(1, 86400)] = 300
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Budget:
+    """`max_node_hours`: what this campaign's jobs may use there (0: no limit), as the scheduler counts their time.
+    `gpus_per_node`: where a job may get a part of a node, that part counts; `balance`: a command there that shows what
+    the project has left, in the facility's own `unit`."""
+
+    max_node_hours: Annotated[float, between(0)] = 0.0
+    gpus_per_node: Annotated[int, between(0, 64)] = 0
+    unit: str = ""
+    balance: kinds.Words = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -215,15 +241,18 @@ class Site:
     """One facility. `train` overrides keys of the campaign's [train] there."""
 
     schema: Literal[1]
-    name: Name
+    name: kinds.Name
     title: str = ""
+    about: About = field(default_factory=About)
     connection: Literal["ssh", "local"] = "ssh"
     login: Login = field(default_factory=Login)
     transfer: Transfer = field(default_factory=Transfer)
     scheduler: Scheduler
     shapes: dict[str, Shape]
+    queues: dict[str, Queue] = field(default_factory=dict)
     storage: Storage = field(default_factory=Storage)
     environment: Environment = field(default_factory=Environment)
+    budget: Budget = field(default_factory=Budget)
     poll: Poll = field(default_factory=Poll)
     train: dict[str, Any] = field(default_factory=dict)
 
@@ -235,8 +264,11 @@ class Site:
             shape,
             account=shape.account or scheduler.account or "",
             partition=shape.partition or scheduler.partition,
+            queue=shape.queue or scheduler.queue,
             qos=shape.qos or scheduler.qos,
-            reservation=shape.reservation or scheduler.reservation,
+            reservation=shape.reservation if shape.reservation.name else scheduler.reservation,
+            place=shape.place or scheduler.place,
+            filesystems=shape.filesystems or scheduler.filesystems,
             extra=(*scheduler.extra, *shape.extra),
         )
 
@@ -244,7 +276,7 @@ class Site:
 def load_site(path: Path) -> Site:
     """The profile in a file; ConfigurationError naming the file and, one per line, each key that is wrong and why."""
     site = load_table(path, Site)
-    problems = _contradictions(site)
+    problems = contradictions(site)
     if site.name != path.stem:
         problems.insert(0, f"name: {site.name!r} must be the file's own name, {path.stem!r}")
     if problems:
@@ -262,28 +294,3 @@ def missing(site: Site) -> list[str]:
         "storage.data": not site.storage.data,
     }
     return [key for key, is_empty in empty.items() if is_empty]
-
-
-def _contradictions(site: Site) -> list[str]:
-    """What is wrong between values that are each right."""
-    login, totp, transfer = site.login, site.login.totp, site.transfer
-    problems = []
-    if site.scheduler.shape not in site.shapes:
-        close = nearest(site.scheduler.shape, site.shapes)
-        advice = f"did you mean {close!r}?" if close else f"there is: {', '.join(site.shapes) or 'none'}"
-        problems.append(f"scheduler.shape: there is no [{dotted(('shapes', site.scheduler.shape))}]; {advice}")
-    if site.connection == "local":
-        for key, value in (("login.host", login.host), ("login.jump", login.jump), ("transfer.host", transfer.host)):
-            if value:
-                problems.append(f'{key}: must be left out where connection = "local"')
-    if login.certificate and login.kind != "certificate":
-        problems.append(f'login.certificate: needs login.kind = "certificate", not {login.kind!r}')
-    if login.certificate and login.key == "agent":
-        problems.append("login.certificate: needs login.key, the file of the key that it certifies")
-    if totp.automation == "permitted" and login.kind != "key+totp":
-        problems.append(f'login.totp.automation: needs login.kind = "key+totp", not {login.kind!r}')
-    if totp.automation == "permitted" and not totp.permission:
-        problems.append("login.totp.permission: must say where the facility permits automated codes")
-    if not transfer.shell and not transfer.host:
-        problems.append("transfer.shell: only a transfer host of its own may lack a shell")
-    return problems

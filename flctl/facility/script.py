@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import PurePosixPath
 
 from flctl.errors import ConfigurationError
-from flctl.facility.profile import Site
+from flctl.facility.profile import Shape, Site
 from flctl.facility.table import nearest
 
 PLACEHOLDER = re.compile(r"\{\{\s*([^{}\s]*)\s*\}\}")
@@ -58,10 +58,14 @@ def job_script(
     workdir: PurePosixPath,
     payload: PurePosixPath,
     data: str,
+    now: float,
     program: PurePosixPath | None = None,
 ) -> str:
-    """The job script of one attempt; the paths are absolute ones at the site. `program` takes the trainer's place."""
-    values = job_values(site, token=token, campaign=campaign, run=run, workdir=workdir, payload=payload, data=data)
+    """The job script of one attempt, to be submitted about `now` (Unix seconds); the paths are absolute ones at the
+    site. `program` takes the trainer's place."""
+    values = job_values(
+        site, token=token, campaign=campaign, run=run, workdir=workdir, payload=payload, data=data, now=now
+    )
     if program is not None:
         values["trainer"] = str(program)
     return render(template, values, source=f"templates/{site.scheduler.kind}.sh")
@@ -76,9 +80,12 @@ def job_values(
     workdir: PurePosixPath,
     payload: PurePosixPath,
     data: str,
+    now: float,
 ) -> dict[str, Value]:
     """Every name that a job template may use."""
     shape, environment = site.shape, site.environment
+    reservation = shape.reservation.name if shape.reservation.holds(now, shape.walltime) else ""
+    sign = "#PBS" if site.scheduler.kind == "pbs" else "#SBATCH"
     return {
         "token": token,
         "campaign": campaign,
@@ -90,29 +97,58 @@ def job_values(
         "account": shape.account,
         "partition": shape.partition,
         "qos": shape.qos,
-        "reservation": shape.reservation,
+        "reservation": reservation,
+        "queue": reservation or shape.queue,  # a reservation of PBS is a queue of its own
+        "dependency": shape.dependency,
+        "select": select(shape),
+        "place": shape.place,
+        "filesystems": shape.filesystems,
         "nodes": str(shape.nodes),
         "gpus": str(shape.gpus or ""),
         "cpus": str(shape.cpus or ""),
         "walltime": clock(shape.walltime),
         "walltime_seconds": str(shape.walltime),
         "warning": str(shape.warning),
-        "directives": Lines(tuple(f"#SBATCH {option}" for option in shape.extra)),
+        "directives": Lines(tuple(f"{sign} {option}" for option in shape.extra)),
         "environment": Lines(tuple(environment_lines(site))),
         "seal_python": environment.seal_python,
         "launch": Words(tuple(environment.launch.split())),
+        "container": Words(container_words(site, workdir, data)),
         "python": Words((environment.python,)),
         "trainer": Words((environment.trainer,)) if environment.trainer else f"{payload}/train.py",
     }
 
 
+def select(shape: Shape) -> str:
+    """The select statement of PBS (pbs_resources(7B)): so many chunks, a node each."""
+    parts = [f"{name}={count}" for name, count in (("ncpus", shape.cpus), ("ngpus", shape.gpus)) if count]
+    return shape.select or ":".join([str(shape.nodes), *parts])
+
+
+def container_words(site: Site, *folders: object) -> tuple[str, ...]:
+    """The words in front of python that run it in the site's container, if there is one. `folders` are bound besides
+    those of the profile; the environment, the FLCTL_ variables with it, is passed on by Apptainer itself."""
+    container = site.environment.container
+    if not container.program:
+        return ()
+    binds = [word for folder in (*folders, *container.binds) for word in ("--bind", str(folder))]
+    return (container.program, "exec", *container.gpu.split(), *binds, *container.options, container.image)
+
+
 def environment_lines(site: Site) -> list[str]:
-    """The shell lines (for bash) that a program of the site's environment needs before it: modules, activation,
-    exports, proxy. A shell that is no login shell often lacks `module`; /etc/profile defines it."""
+    """The shell lines (for bash) that a program of the site's environment needs before it: modules, what is unset,
+    activation, offline or not, exports, proxy. A shell that is no login shell often lacks `module`; it is
+    in /etc/profile."""
     environment = site.environment
-    lines = ["type module >/dev/null 2>&1 || . /etc/profile"] if environment.modules else []
+    loads = environment.modules or environment.modules_use
+    lines = ["type module >/dev/null 2>&1 || . /etc/profile"] if loads else []
+    lines += [f"module use {shell_word(folder)} || exit 1" for folder in environment.modules_use]
     lines += [f"module load {shlex.quote(module)} || exit 1" for module in environment.modules]
+    if environment.unset:
+        lines.append(f"unset {' '.join(environment.unset)}")
     lines += environment.activate
+    if environment.offline:
+        lines.append("export HF_HUB_OFFLINE=1")
     lines += [f"export {name}={shell_word(value)}" for name, value in environment.exports.items()]
     if environment.proxy:
         proxy = shlex.quote(environment.proxy)

@@ -184,6 +184,12 @@ def _reason(item: Any) -> str:
         return "is missing"
     if kind == "value_error":
         return message.removeprefix("Value error, ")
-    for theirs, ours in (("Input should be", "must be"), ("a valid integer", "a whole number"), ("a valid ", "a ")):
+    words = {
+        "Input should be": "must be",
+        "an object": "a table",
+        "a valid integer": "a whole number",
+        "a valid ": "a ",
+    }
+    for theirs, ours in words.items():
         message = message.replace(theirs, ours)
     return message

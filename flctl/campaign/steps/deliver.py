@@ -1,6 +1,7 @@
 """Owns delivery: models, payload, job script and order are at the site, each verified there."""
 
 import json
+import time
 from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
@@ -56,6 +57,7 @@ def render_job(session: Session, run: Run) -> str:
         workdir=session.root,
         payload=session.payload,
         data=session.data,
+        now=time.time(),
         program=session.merger if merges else None,
     )
     if merges and str(session.merger) not in script:

@@ -25,7 +25,9 @@ class Activity(StrEnum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Seen:
-    """One job as a listing shows it. `state` is the scheduler's own word; times are Unix seconds on its clock."""
+    """One job as a listing shows it. `state` is the scheduler's own word; times are Unix seconds on its clock.
+    `expected_start` is an estimate of the scheduler's; `elapsed`: seconds that it ran so far; `never`: the scheduler's
+    words where it says that the job can never run as it is."""
 
     id: str
     name: str
@@ -35,7 +37,28 @@ class Seen:
     started_at: float | None = None
     expected_start: float | None = None
     expected_end: float | None = None
+    elapsed: float | None = None
     reason: str = ""
+    never: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Estimate:
+    """What a dry run of a submission says. `start`: Unix seconds, an estimate; `refusal`: why it would be refused."""
+
+    start: float | None = None
+    refusal: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class QueueSeen:
+    """A partition or queue as the scheduler shows it; None where it names no limit. `max_walltime` in seconds."""
+
+    name: str
+    open: bool
+    max_walltime: int | None = None
+    min_nodes: int | None = None
+    max_nodes: int | None = None
 
 
 class Scheduler(Protocol):
@@ -63,6 +86,29 @@ class Scheduler(Protocol):
     def cancel(self, token: str, job_id: str | None) -> str:
         """Cancels every job of that name; succeeds also if there is none."""
 
+    # What `flctl site test` and `flctl plan` ask; any of these may fail without harm to a run.
+
+    def version(self) -> str:
+        """A command that prints the scheduler's name and version in one line."""
+
+    def trial(self, script: str) -> str | None:
+        """A dry run of a submission; None where the scheduler has none."""
+
+    def estimate(self, status: int, stdout: str, stderr: str) -> Estimate:
+        """What the answer to `trial` says. Raises QueryFailed."""
+
+    def queues(self) -> str | None:
+        """A query for the partitions or queues; None where there are none."""
+
+    def queues_seen(self, status: int, stdout: str, stderr: str) -> tuple[QueueSeen, ...]:
+        """The answer to `queues`. Raises QueryFailed."""
+
+    def accounts(self) -> str | None:
+        """A query for the accounts that this user may charge; None where the scheduler cannot tell."""
+
+    def accounts_seen(self, status: int, stdout: str, stderr: str) -> tuple[str, ...] | None:
+        """The answer to `accounts`; None if it turns out that it cannot tell. Raises QueryFailed."""
+
 
 def scheduler_of(site: Site, payload: str) -> Scheduler:
     """The site's scheduler; `payload` is the absolute path of the payload's folder there."""
@@ -70,4 +116,8 @@ def scheduler_of(site: Site, payload: str) -> Scheduler:
 
     if site.scheduler.kind == "slurm":
         return slurm.Slurm(accounted_for=site.scheduler.accounting)
+    if site.scheduler.kind == "pbs":
+        from flctl.facility.scheduler import pbs
+
+        return pbs.Pbs(history=site.scheduler.accounting)
     return local.Local(python=site.environment.seal_python, payload=payload, shape=site.shape)

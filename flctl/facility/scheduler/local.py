@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import PurePosixPath
 
 from flctl.facility.profile import Shape
-from flctl.facility.scheduler import Activity, QueryFailed, Seen, listing
+from flctl.facility.scheduler import Activity, Estimate, QueryFailed, QueueSeen, Seen, listing
 
 STATES = {
     "RUNNING": Activity.ACTIVE,
@@ -60,6 +60,27 @@ class Local:
 
     def cancel(self, token: str, job_id: str | None) -> str:
         return f"test ! -e {shlex.quote(self._runs)} || {self._batch('cancel', self._runs, '--name', token)}"
+
+    def version(self) -> str:
+        return "echo no batch system"
+
+    def trial(self, script: str) -> str | None:
+        return None
+
+    def estimate(self, status: int, stdout: str, stderr: str) -> Estimate:
+        return Estimate()
+
+    def queues(self) -> str | None:
+        return None
+
+    def queues_seen(self, status: int, stdout: str, stderr: str) -> tuple[QueueSeen, ...]:
+        return ()
+
+    def accounts(self) -> str | None:
+        return None
+
+    def accounts_seen(self, status: int, stdout: str, stderr: str) -> tuple[str, ...] | None:
+        return None
 
     @property
     def _runs(self) -> str:

@@ -5,7 +5,7 @@ import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from flctl.facility.scheduler import Activity, QueryFailed, Seen, listing
+from flctl.facility.scheduler import Activity, Estimate, QueryFailed, QueueSeen, Seen, listing
 
 ME = '--user="$(id -un)"'
 """`--me` came with Slurm 20.02 (squeue) and 22.05 (scancel); this is as good and older."""
@@ -105,6 +105,28 @@ class Slurm:
     def cancel(self, token: str, job_id: str | None) -> str:
         """By name only: ids start again where a controller lost its state, and the id may be another job's by now."""
         return f"scancel {ME} --name={shlex.quote(token)}"
+
+    def version(self) -> str:
+        return "squeue --version"
+
+    def trial(self, script: str) -> str | None:
+        """sbatch tells local time without its zone: UTC it is, then."""
+        return f"TZ=UTC sbatch --test-only {shlex.quote(script)}"
+
+    def estimate(self, status: int, stdout: str, stderr: str) -> Estimate:
+        raise QueryFailed("not yet")
+
+    def queues(self) -> str | None:
+        return "sinfo -h -a -o '%R|%a|%l|%s'"
+
+    def queues_seen(self, status: int, stdout: str, stderr: str) -> tuple[QueueSeen, ...]:
+        raise QueryFailed("not yet")
+
+    def accounts(self) -> str | None:
+        return None
+
+    def accounts_seen(self, status: int, stdout: str, stderr: str) -> tuple[str, ...] | None:
+        return None
 
 
 def activity_of(state: str) -> Activity:

@@ -1,0 +1,99 @@
+"""Owns which keys and certificates are offered to a site; a private key never leaves its file or agent."""
+
+import os
+import stat
+from contextlib import suppress
+from pathlib import Path
+
+import paramiko
+
+from flctl.errors import ConfigurationError, LoginNeeded
+from flctl.facility.certificates import is_valid, valid_certificate
+from flctl.facility.openssh import certificate_path, expand, printable
+from flctl.facility.profile import Site
+
+AGENT_KEYS_MOST = 4
+"""Servers hang up after six refused keys, and some block the address: an agent with more keys must be told which."""
+
+
+def keys_of(site: Site) -> list[paramiko.PKey]:
+    """The keys to offer, in order; more than one only from an agent. A LoginNeeded of this room was never tried at the
+    site."""
+    try:
+        return _keys(site)
+    except LoginNeeded as error:
+        error.attempted = False
+        raise
+
+
+def _keys(site: Site) -> list[paramiko.PKey]:
+    if site.login.key == "agent":
+        return _agent_keys(site)
+    path = expand(site.login.key)
+    try:
+        found = path.stat()
+    except OSError as error:
+        raise ConfigurationError(
+            f"the key {path} cannot be read: {error.strerror}",
+            hint=f"see login.key in sites/{site.name}.toml",
+            site=site.name,
+        ) from None
+    if found.st_uid != os.geteuid() or stat.S_IMODE(found.st_mode) & 0o077:
+        raise ConfigurationError(
+            f"the key {path} must be yours and closed to everybody else", hint=f"chmod 600 {path}", site=site.name
+        )
+    key = _load(path, site)
+    key.public_blob = None
+    if site.login.kind == "certificate":
+        key.load_certificate(str(valid_certificate(certificate_path(site), site)))
+    return [key]
+
+
+def _load(path: Path, site: Site) -> paramiko.PKey:
+    try:
+        return paramiko.PKey.from_path(path)
+    except (TypeError, paramiko.PasswordRequiredException):
+        key = _in_agent(path)
+    except (ValueError, paramiko.SSHException, paramiko.UnknownKeyType, OSError) as error:
+        raise ConfigurationError(
+            f"the key {path} cannot be used: {printable(str(error))}",
+            hint=f"see login.key in sites/{site.name}.toml; ssh-keygen -y -f {path} shows whether ssh can read it",
+            site=site.name,
+        ) from None
+    if key is None:
+        raise LoginNeeded(
+            f"the key {path} has a passphrase, and no ssh-agent holds it", hint=f"ssh-add {path}", site=site.name
+        )
+    return key
+
+
+def _in_agent(path: Path) -> paramiko.PKey | None:
+    """The agent's copy of a key with a passphrase, found by the public half beside it."""
+    with suppress(OSError, ValueError, IndexError, paramiko.SSHException):
+        public = paramiko.pkey.PublicBlob.from_file(str(path) + ".pub").key_blob
+        return next((key for key in paramiko.Agent().get_keys() if key.blob == public), None)
+    return None
+
+
+def _agent_keys(site: Site) -> list[paramiko.PKey]:
+    hint = "ssh-add PATH-OF-YOUR-KEY; cron and systemd need SSH_AUTH_SOCK to be set, or login.key to name a file"
+    try:
+        held = list(paramiko.Agent().get_keys())
+    except (paramiko.SSHException, OSError) as error:
+        raise LoginNeeded(
+            f"the ssh-agent does not answer: {printable(str(error))}", hint=hint, site=site.name
+        ) from None
+    certified = site.login.kind == "certificate"
+    keys = [key for key in held if key.get_name().endswith("-cert-v01@openssh.com") == certified]
+    if certified:
+        keys = [key for key in keys if is_valid(key.blob)]
+    what = "valid certificate" if certified else "key"
+    if not keys:
+        raise LoginNeeded(f"no ssh-agent that can be reached holds a {what}", hint=hint, site=site.name)
+    if len(keys) > AGENT_KEYS_MOST:
+        raise ConfigurationError(
+            f"the ssh-agent holds {len(keys)} keys, and offering all of them looks like an attack to a site",
+            hint=f"name the file of the one to use: login.key in sites/{site.name}.toml (a passphrase is no obstacle)",
+            site=site.name,
+        )
+    return keys

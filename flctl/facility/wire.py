@@ -1,0 +1,22 @@
+"""Owns paramiko's transport as flctl uses it: what a server says when it hangs up is kept."""
+
+import logging
+
+import paramiko
+
+from flctl.facility.openssh import printable
+
+AUTH_TIMEOUT = 60.0
+
+# What paramiko thinks worth telling reaches the user as one of our errors.
+logging.getLogger("paramiko").addHandler(logging.NullHandler())
+
+
+class Wire(paramiko.Transport):  # type: ignore[misc]
+    """paramiko's transport, which also keeps what the server says when it hangs up."""
+
+    farewell = ""
+
+    def _parse_disconnect(self, message: paramiko.Message) -> None:
+        message.get_int()
+        self.farewell = printable(message.get_text())
