@@ -4,7 +4,8 @@ FlctlError                 1  internal: a defect of flctl
 |-- UsageError             2  the command line cannot be meant
 |-- ConfigurationError     3  flctl.toml, a profile, a template, a secret's reference, a model folder
 |-- LoginNeeded            4  refused login, no agent, a code that may not be automated
-|   `-- CodeSpent             this time step's one-time code is used; says when the next one starts
+|   `-- LoginTooSoon       4  not now, but at a moment that is known: the last login was too short a time ago
+|       `-- CodeSpent         this time step's one-time code is used; the next one starts then
 |-- SiteUnreachable        5  no route, refused, reset, timed out
 |-- JobFailed              6  a job ended without a valid record of success, or was refused by the scheduler
 |-- TransferFailed         7  rsync failed, or a hash differs
@@ -52,12 +53,18 @@ class LoginNeeded(FlctlError):
     attempted = True
 
 
-class CodeSpent(LoginNeeded):
-    """The current time step's code was already used; `until` (Unix seconds) is when the next step begins."""
+class LoginTooSoon(LoginNeeded):
+    """No login was tried, because it may not be now; from `until` (Unix seconds) on it may."""
+
+    attempted = False
 
     def __init__(self, message: str, *, until: float, hint: str = "", site: str | None = None) -> None:
         super().__init__(message, hint=hint, site=site)
         self.until = until
+
+
+class CodeSpent(LoginTooSoon):
+    """The current time step's code was already used; the next step begins at `until`."""
 
 
 class SiteUnreachable(FlctlError):

@@ -108,7 +108,8 @@ class Order:
 class Job:
     """What the scheduler and the site said of one attempt. Times are Unix seconds: `claimed_at`, `started_at` and
     `ended_at` on the site's clock, `absent_at` (first successful listing without the job) on ours. `elapsed`: seconds
-    that it ran, as the scheduler counts them; `never`: its words where it says that the job can never run."""
+    that it ran, as the scheduler counts them; `never`: its words where it says that the job can never run, seen first
+    at `never_at` (ours). `rate` and `walltime`: node-hours charged per hour, and seconds, as the budget admitted it."""
 
     token: str
     id: str | None = None
@@ -122,6 +123,9 @@ class Job:
     absent_at: float | None = None
     elapsed: float | None = None
     never: str = ""
+    never_at: float | None = None
+    rate: float | None = None
+    walltime: float | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

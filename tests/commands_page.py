@@ -29,13 +29,17 @@ As `--help` prints them. The campaign of a command is `-C DIR`, else `$FLCTL_CAM
 | 12 | unknown or changed host key |
 | 130 | interrupted |
 
-Of several, the first of 130, 1, 3, 12, 4, 5, 9, 7, 6, 8, 11 counts. With `--json` (`round`, `status`, `aggregate`, `verify`,
-`site test`, `campaign tick`) stdout is one object: `schema_version`, `command`, `status` (`ok`, `partial`: done, but something failed on the way, `error`),
+Of several, the first of 130, 1, 3, 12, 4, 5, 9, 7, 6, 8, 11 counts. With `--json` (`round`, `plan`, `status`, `aggregate`, `verify`,
+`site list`, `site show`, `site test`, `site stage`, `auth test`, `login --status`, `campaign tick`) stdout is one object: `schema_version`, `command`, `status` (`ok`, `partial`: done, but something failed on the way, `error`),
 `exit_code`, `data`, and `errors`, each with `code`, `site`, `message`, `hint`. `data` of `status` holds `campaign`, `model`
 (`version`, `path`, `sha256`, `warnings` of the gates, `privacy`) and `runs` (`site`, `number`, `attempt`, `work`, `base`, `round`, `stage`, `held`, `job_id`, `steps`,
 `samples`, `queue_seconds`, `train_seconds`, `note`); that of `round` and `campaign tick` the same with `done` and `waiting`; that of
 `aggregate` the model's `path`, `sha256` and `bytes`, `seconds`, `contributions` (`site`, `path`, `weight`, `coefficient`), `state`,
-`threads`, `ranks` and `notes`; that of `verify` `version`, `agrees`, `rebuilt`, and the files `differing`, `missing` and `remade`.
+`threads`, `ranks` and `notes`; that of `verify` `version`, `agrees`, `rebuilt`, and the files `differing`, `missing` and `remade`;
+that of `plan` `first`, `target`, `steps`, `privacy`, `scripts` (paths) and `sites` (each with `node_hours_round`, `node_hours_plan`, `used`,
+`budget`, `bytes_out`, `bytes_in`, `resident`, `logins`, `free`, `need`, `told`, `notes`, `problems`); that of `site list` `sites` (`name`, `title`,
+`login`, `person`, `scheduler`, `transfer`, `checked`, `questions`, `fill_in`, `path`); that of `site show` the same for one, with `shipped` and
+`profile` (all keys, times in seconds); that of `login --status` `connections` (`site`, `host`, `since`, `until`, `alive`).
 """
 
 

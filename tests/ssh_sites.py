@@ -29,7 +29,7 @@ def site_of(
 ) -> Site:
     """A profile for the server; `totp` and further arguments replace fields of [login.totp] and [login]."""
     permitted = Totp(automation="permitted", permission="by the test", secret=secret, period=server.period)
-    default = permitted if server.kind == "key+totp" else Totp()
+    default = permitted if "totp" in server.kind else Totp()
     fields = {
         "host": server.address,
         "port": server.port,

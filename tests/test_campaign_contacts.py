@@ -1,15 +1,20 @@
 """When a site is contacted next: by what a login costs, by its jobs, by what was ordered, and by its troubles."""
 
+import sys
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
 from flctl.campaign import contacts
+from flctl.campaign.engine import Engine
 from flctl.campaign.rounds import UNREACHABLE_PATIENCE, _stuck
+from flctl.campaign.workspace import Workspace
 from flctl.errors import LoginNeeded, SiteUnreachable, TransferFailed
 from flctl.facility.profile import Login, Poll, Scheduler, Shape, Site
 from flctl.records import Contact, Held, Job, Order, Run, Stage, Work
+from tests.campaigns import Campaign
 
 NOW = 10_000.0
 
@@ -48,6 +53,36 @@ def test_expected_starts_and_ends_are_looked_at(name: str) -> None:
 
 def test_the_second_look_at_a_job_that_is_gone_comes_in_time() -> None:
     assert due("key", a_run(absent_at=NOW)) == 30
+
+
+def test_so_does_the_one_at_a_job_that_can_never_run() -> None:
+    assert due("key", a_run(Stage.QUEUED, never_at=NOW)) == 30
+
+
+@pytest.mark.parametrize(
+    ("quiet", "seconds"), [(0, 60), (600, 60), (601, 60.1), (3000, 300), (6000, 600), (1e6, 600), (-50, 60)]
+)
+def test_looks_grow_apart_while_nothing_changes_up_to_a_limit(quiet: float, seconds: float) -> None:
+    """-50: somebody set the clock back."""
+    assert contacts.pace(a_site("key"), quiet) == pytest.approx(seconds)
+    waiting = replace(a_run(Stage.QUEUED), changed_at=NOW - quiet)
+    assert due("key", waiting) == pytest.approx(seconds)
+
+
+def test_the_youngest_change_at_a_site_counts() -> None:
+    old, young = (replace(a_run(), changed_at=NOW - quiet) for quiet in (5000, 100))
+    assert contacts.next_due(a_site("key"), [old, young], NOW, stays=False) - NOW == 60
+    assert contacts.next_due(a_site("key"), [old], NOW, stays=False) - NOW == 500
+
+
+def test_an_expected_end_is_looked_at_however_long_nothing_changed() -> None:
+    run = replace(a_run(expected_end=NOW + 100), changed_at=NOW - 50_000)
+    assert due("key", run) == 100 + contacts.SETTLING
+
+
+def test_a_limit_below_the_first_interval_is_that_interval() -> None:
+    site = replace(a_site("key"), poll=Poll(every=60, most=10))
+    assert [contacts.pace(site, quiet) for quiet in (0, 1e6)] == [60, 60]
 
 
 def test_an_order_given_after_the_time_was_set_makes_the_site_due() -> None:
@@ -92,3 +127,31 @@ def test_round_gives_a_transfer_three_tries() -> None:
         contact = contacts.failed(contact, TransferFailed("hash"), NOW)
         stuck.append(_stuck(a_run(), contact))
     assert stuck == [False, False, True]
+
+
+def test_all_jobs_of_a_site_are_asked_for_in_one_query(tmp_path: Path) -> None:
+    """The site's Python is a program that writes down what it was asked to do."""
+    campaign = Campaign(tmp_path, sites=("brno",))
+    log, python = tmp_path / "asked", tmp_path / "python"
+    python.write_text(f'#!/bin/sh\necho "$*" >>{log}\nexec {sys.executable} "$@"\n')
+    python.chmod(0o755)
+    campaign.profile("brno", behave="hang")
+    path = campaign.place / "sites" / "brno.toml"
+    path.write_text(path.read_text().replace(f'seal_python = "{sys.executable}"', f'seal_python = "{python}"'))
+    (tmp_path / "runtime").mkdir()
+    engine = Engine(workspace=Workspace(campaign.place), runtime=tmp_path / "runtime")
+    try:
+        for version in (1, 2, 3):
+            engine.give(Order(site="brno", work=Work.TRAIN, base=0, round=version, steps=1))
+        assert engine.advance("brno") and engine.errors == []
+        assert [campaign.run("brno", number)["stage"] for number in (1, 2, 3)] == ["queued"] * 3
+        log.write_text("")
+        contact = engine.workspace.contact("brno")
+        engine.workspace.save_contact("brno", replace(contact, due=0.0))
+        assert engine.advance("brno")
+        asked = log.read_text()
+        assert asked.count("batch.py list") == 1, asked
+        assert all(campaign.run("brno", number)["job"]["state"] == "RUNNING" for number in (1, 2, 3))
+    finally:
+        engine.close()
+        assert campaign.flctl("cancel").returncode == 0

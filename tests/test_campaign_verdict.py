@@ -1,13 +1,15 @@
 """The verdict: done.json alone is success, a failed query changes nothing, absence counts only when seen twice."""
 
+import time
 from dataclasses import replace
 from typing import Any
 
 import pytest
 
+from flctl.campaign.report import run_row
 from flctl.campaign.verdict import Evidence, after_revoking, judge
 from flctl.facility.scheduler import Activity, Seen
-from flctl.records import Job, Order, Run, Stage, Work
+from flctl.records import Contact, Job, Order, Run, Stage, Work
 
 NOW, ABSENCE, WINDOW = 1000.0, 60.0, 300.0
 OWNER = {"by": "job", "job_id": "17", "nonce": "n", "time": 900.0, "base": "0000"}
@@ -194,3 +196,95 @@ def test_of_two_jobs_of_one_name_the_owner_counts() -> None:
     ghost = seen("RUNNING", Activity.ACTIVE, job_id="18")
     told = verdict(a_run(), evidence(seen=(TIMEOUT, ghost), owner=OWNER))
     assert told.job.state == "TIMEOUT"
+
+
+NEVER = seen("PENDING", Activity.WAITING, reason="BadConstraints", never="BadConstraints")
+
+
+def test_a_job_that_can_never_run_fails_when_seen_twice_far_enough_apart() -> None:
+    first = verdict(a_run(), evidence(seen=(NEVER,)))
+    assert (first.stage, first.revoke, first.job.never_at) == (Stage.QUEUED, False, NOW)
+    run = replace(a_run(), job=first.job)
+    assert not verdict(run, evidence(seen=(NEVER,)), NOW + 59).revoke
+    second = verdict(run, evidence(seen=(NEVER,)), NOW + 60)
+    assert second.revoke
+    end = after_revoking(run, second.job, OURS, None, "base")
+    assert end.stage == Stage.FAILED
+    assert end.failure.message == "the scheduler says that job 17 can never run: BadConstraints"
+    assert end.failure.hint == "correct sites/brno.toml, then flctl retry brno"
+
+
+def test_a_job_that_waits_for_something_else_meanwhile_may_still_run() -> None:
+    run = replace(a_run(), job=verdict(a_run(), evidence(seen=(NEVER,))).job)
+    other = verdict(run, evidence(seen=(PENDING,)), NOW + 60)
+    assert (other.revoke, other.job.never, other.job.never_at) == (False, "", None)
+    assert not verdict(replace(run, job=other.job), evidence(seen=(NEVER,)), NOW + 61).revoke
+
+
+def test_a_query_that_failed_is_no_second_look() -> None:
+    run = replace(a_run(), job=verdict(a_run(), evidence(seen=(NEVER,))).job)
+    assert not verdict(run, evidence(seen=None), NOW + 1000).revoke
+
+
+def test_a_job_that_started_is_not_one_that_can_never_run() -> None:
+    run = a_run(never="BadConstraints", never_at=NOW - 1000)
+    told = verdict(run, evidence(seen=(NEVER,), owner=OWNER))
+    assert (told.stage, told.revoke, told.job.never) == (Stage.RUNNING, False, "")
+
+
+def test_why_it_was_revoked_is_known_after_a_crash_in_between() -> None:
+    cancelled = seen("CANCELLED", Activity.ENDED)
+    run = a_run(never="BadConstraints", never_at=NOW - 100)
+    told = verdict(run, evidence(seen=(cancelled,), owner=OURS))
+    assert "can never run" in after_revoking(run, told.job, OURS, None, "base").failure.message
+
+
+def test_one_that_somebody_cancelled_meanwhile_is_not_called_so() -> None:
+    run = a_run(never="BadConstraints", never_at=NOW - 10)
+    told = verdict(run, evidence(seen=()))
+    assert "ended before it started" in after_revoking(run, told.job, OURS, None, "base").failure.message
+
+
+def test_the_schedulers_count_is_kept_once_it_is_told() -> None:
+    running = seen("RUNNING", Activity.ACTIVE, elapsed=50.0)
+    first = verdict(a_run(), evidence(seen=(running,), owner=OWNER))
+    assert first.job.elapsed == 50
+    run = replace(a_run(), job=first.job)
+    assert verdict(run, evidence(seen=None, owner=OWNER)).job.elapsed == 50
+    timed_out = seen("TIMEOUT", Activity.ENDED, elapsed=70.0)
+    assert verdict(run, evidence(seen=(timed_out,), owner=OWNER)).job.elapsed == 70
+
+
+def test_the_schedulers_count_of_an_ended_job_wins_over_the_record() -> None:
+    """It knows what the record does not: what came before the job's first line, and suspensions."""
+    ended = seen("COMPLETED", Activity.ENDED, elapsed=80.0)
+    assert verdict(a_run(), evidence(seen=(ended,), owner=OWNER, done=done())).job.elapsed == 80
+
+
+@pytest.mark.parametrize("listing", [None, (), (seen("RUNNING", Activity.ACTIVE, elapsed=20.0),), (COMPLETED,)])
+def test_the_record_tells_how_long_a_job_ran_if_the_scheduler_did_not(listing: Any) -> None:
+    assert verdict(a_run(), evidence(seen=listing, owner=OWNER, done=done())).job.elapsed == 90
+
+
+def test_a_job_forgotten_without_a_record_ran_until_it_was_not_there() -> None:
+    run = a_run(Stage.RUNNING, started_at=900.0, elapsed=20.0)
+    gone = verdict(run, evidence(owner=OWNER))
+    assert gone.job.elapsed == NOW - 900
+    later = verdict(replace(run, job=gone.job), evidence(owner=OWNER), NOW + 500)
+    assert later.job.elapsed == NOW - 900, "the first look without it counts"
+    told = seen("FAILED", Activity.ENDED, elapsed=30.0)
+    assert verdict(replace(run, job=gone.job), evidence(owner=OWNER, seen=(told,)), NOW + 500).job.elapsed == 30
+    assert verdict(a_run(), evidence()).job.elapsed is None, "it never started"
+
+
+def test_what_waits_is_told_with_its_reason_and_an_estimate_that_is_called_one() -> None:
+    start = time.mktime((2031, 5, 6, 14, 5, 0, 0, 0, -1))
+    waiting = replace(PENDING, expected_start=start)
+    run = replace(a_run(), job=verdict(a_run(), evidence(seen=(waiting,))).job)
+    row = run_row(run, Contact())
+    assert (row["note"], row["estimated_start"]) == ("PENDING: Priority, estimated start 2031-05-06 14:05", start)
+    held = replace(PENDING, reason="JobHeldUser")
+    run = replace(run, job=verdict(run, evidence(seen=(held,))).job)
+    assert run_row(run, Contact())["note"] == "PENDING: JobHeldUser"
+    run = replace(run, job=verdict(run, evidence(seen=(NEVER,))).job)
+    assert run_row(run, Contact())["note"] == "PENDING: BadConstraints, can never run"

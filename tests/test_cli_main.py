@@ -165,7 +165,7 @@ def test_init_copies_profiles_and_templates_and_says_what_to_fill_in(campaign: C
     assert {path.name for path in place.iterdir()} == {
         *("flctl.toml", "sites", "templates", "models", "runs", "known_hosts", "journal.jsonl")
     }
-    assert {path.name for path in (place / "templates").iterdir()} == {"slurm.sh", "local.sh"}
+    assert {path.name for path in (place / "templates").iterdir()} == {"slurm.sh", "pbs.sh", "local.sh"}
     assert (place / "models" / "0000" / "tokenizer.json").exists()
     refused = campaign.flctl("round", at=place)
     assert refused.returncode == 3

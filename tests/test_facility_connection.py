@@ -313,11 +313,22 @@ def test_a_jump_host_must_be_trusted_as_well(server: Sshd, jump: Sshd, tmp_path:
         assert connection.run("echo x").stdout == "x\n"
 
 
-def test_a_refusing_jump_host_makes_the_site_unreachable(server: Sshd, jump: Sshd, tmp_path: Path) -> None:
-    key = keygen(tmp_path / "key")
+def test_a_jump_host_that_refuses_the_key_is_asked_once_and_named(server: Sshd, jump: Sshd, tmp_path: Path) -> None:
+    key, since = keygen(tmp_path / "key"), jump.mark()
     server.authorize((tmp_path / "key.pub").read_text())
-    with pytest.raises(SiteUnreachable):
+    with pytest.raises(LoginNeeded, match=f"jump host .*{jump.address}.* wants publickey") as caught:
         connect(through(server, jump, key=str(key)), road_to(tmp_path, server, jump))
+    assert "flctl release" in caught.value.hint
+    assert jump.attempts(since).failed_keys == 1
+
+
+def test_a_jump_host_that_asks_for_a_code_is_out_of_reach(server: Sshd, tmp_path: Path) -> None:
+    with Sshd(name="auth-gate", address="127.0.0.75", port=2735, user="flctl-jump", kind="key+totp") as gate:
+        gate.authorize(server.client_key.with_suffix(".pub").read_text())
+        with pytest.raises(LoginNeeded, match="wants keyboard-interactive") as caught:
+            connect(through(server, gate), road_to(tmp_path, server, gate))
+        assert "out of flctl's reach" in caught.value.hint
+        assert gate.attempts().failed_codes == 0
 
 
 def test_trusting_finds_the_transfer_host_too(server: Sshd, jump: Sshd, tmp_path: Path) -> None:

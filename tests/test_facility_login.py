@@ -1,6 +1,7 @@
 """Logging in to a real sshd with PAM: secrets, codes and their ledger; keys, certificates, agents; host keys."""
 
 import base64
+import dataclasses
 import multiprocessing
 import os
 import re
@@ -9,17 +10,20 @@ import sys
 import time
 import traceback
 from collections.abc import Iterator
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import pytest
 
 from flctl.errors import CodeSpent, ConfigurationError, HostKeyRefused, LoginNeeded
-from flctl.facility import codes, hostkeys, ledger
-from flctl.facility.codes import Secret, parse_secret, read_reference
+from flctl.facility import hostcertificates, hostkeys, ledger, references
+from flctl.facility.codes import Secret, parse_secret
 from flctl.facility.connection import Road, connect, host_key, trust
 from flctl.facility.openssh import Place
-from flctl.facility.profile import Totp
+from flctl.facility.over_ssh import OverSsh
+from flctl.facility.profile import Site, Totp
+from flctl.facility.references import read_reference
+from flctl.facility.transfer import push
 from tests.ssh_sites import (
     GONE,
     Watch,
@@ -32,7 +36,7 @@ from tests.ssh_sites import (
     secret_file,
     site_of,
 )
-from tests.testbed.sshd import Sshd
+from tests.testbed.sshd import Sshd, remove
 
 ADDRESS = "127.0.0.41"
 
@@ -201,7 +205,7 @@ def test_a_command_is_not_given_to_a_shell(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("command", ["false", "true", "/does/not/exist", "sh 'unbalanced", "sleep 600"])
 def test_a_command_that_gives_nothing_is_refused_in_time(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(codes, "COMMAND_TIMEOUT", 0.5)
+    monkeypatch.setattr(references, "COMMAND_TIMEOUT", 0.5)
     began = time.monotonic()
     with pytest.raises(ConfigurationError):
         read_reference(f"command:{command}")
@@ -311,7 +315,7 @@ def test_of_many_processes_one_gets_the_code() -> None:
 def test_a_key_file_lets_in(keyed: Sshd, tmp_path: Path) -> None:
     since = keyed.mark()
     told = []
-    with connected(site_of(keyed), road_to(tmp_path, keyed, on_login=lambda: told.append(1))) as connection:
+    with connected(site_of(keyed), road_to(tmp_path, keyed, on_login=lambda *_: told.append(1))) as connection:
         assert connection.run("id -un").stdout == "flctl-login\n"
         assert (connection.logins, told) == (1, [1])
     counted = keyed.attempts(since)
@@ -406,10 +410,10 @@ def test_an_expired_certificate_is_not_offered(certified: Sshd, tmp_path: Path) 
     key = keygen(tmp_path / "key")
     certified.certify(tmp_path / "key.pub", validity="-2h:-1h")
     since = certified.mark()
-    with pytest.raises(LoginNeeded, match="not valid now"):
+    with pytest.raises(LoginNeeded, match="certificate ended at"):
         connect(site_of(certified, key=str(key)), road_to(tmp_path, certified))
     (tmp_path / "key-cert.pub").unlink()
-    with pytest.raises(LoginNeeded, match="cannot be read"):
+    with pytest.raises(LoginNeeded, match="there is no certificate"):
         connect(site_of(certified, key=str(key)), road_to(tmp_path, certified))
     assert certified.attempts(since).connections == 0
 
@@ -534,21 +538,151 @@ def test_of_several_host_keys_the_known_one_is_asked_for(tmp_path: Path) -> None
             assert connection.run("true").status == 0
 
 
-def test_a_host_certificate_is_honoured_if_its_authority_is_known(tmp_path: Path) -> None:
-    authority, host = keygen(tmp_path / "authority"), keygen(tmp_path / "host")
-    argv = ["ssh-keygen", "-q", "-s", str(authority), "-I", "host", "-h", "-n", ADDRESS, str(tmp_path / "host.pub")]
+@pytest.fixture
+def vouched() -> Iterator[Sshd]:
+    """A server that shows its host key with a certificate."""
+    server = Sshd(name="login-hostcert", address=ADDRESS, port=2246, user="flctl-login", host_certificate=True)
+    with server:
+        yield server
+    remove("login-hostcert")
+
+
+def test_a_host_certificate_is_honoured_while_its_authority_is_known(vouched: Sshd, tmp_path: Path) -> None:
+    site, road, since = site_of(vouched), road_to(tmp_path), vouched.mark()
+    authority = vouched.host_authority_line.split(maxsplit=2)[2]
+    own_known_hosts(f"@cert-authority *.elsewhere.org {authority}")
+    with pytest.raises(HostKeyRefused, match="is unknown"):
+        connect(site, road)
+    assert credentials_sent(vouched, since) == 0
+    own_known_hosts(f"@cert-authority [127.0.0.*]:* {authority}")
+    with connected(site, road) as connection:
+        assert connection.run("true").status == 0
+    assert vouched.attempts(since).connections == 2
+    assert road.known_hosts.read_text() == vouched.host_authority_line
+    own_known_hosts("")
+    vouched.restart(new_host_key=True)
+    with connected(site, road) as connection:
+        assert connection.run("true").status == 0
+
+
+def test_both_roads_judge_a_host_by_its_certificate(vouched: Sshd, tmp_path: Path) -> None:
+    site, road = site_of(vouched), road_to(tmp_path)
+    own_known_hosts(vouched.host_authority_line)
+    (tmp_path / "note").write_text("hello")
+    where = vouched.account.home / "vouched"
+    with connected(site, road) as connection:
+        connection.push(tmp_path, ["note"], PurePosixPath(where))
+        assert connection.run(f"cat {where}/note").stdout == "hello"
+    vouched.certify_host(validity="-2h:-1h")
+    vouched.restart()
+    with connected(replace_keys(site, vouched), road) as connection:
+        connection.push(tmp_path, ["note"], PurePosixPath(where))
+    vouched.account.empty_home()
+
+
+def test_a_certificate_that_ends_between_two_transfers_is_named(vouched: Sshd, tmp_path: Path) -> None:
+    site, road = site_of(vouched), road_to(tmp_path)
+    own_known_hosts(vouched.host_authority_line)
+    with connected(site, road):
+        pass
+    vouched.certify_host(validity="-2h:-1h")
+    vouched.restart()
+    (tmp_path / "note").write_text("hello")
+    since, carrier = vouched.mark(), OverSsh(site, road, lambda place: None)
+    with pytest.raises(HostKeyRefused, match="certificate that does not count: it is valid from"):
+        push(carrier, tmp_path, ["note"], PurePosixPath("/tmp"))
+    carrier.close()
+    assert credentials_sent(vouched, since) == 0
+
+
+def replace_keys(site: Site, server: Sshd) -> Site:
+    return dataclasses.replace(site, login=dataclasses.replace(site.login, host_keys=(server.host_key_fingerprint,)))
+
+
+@pytest.mark.parametrize(
+    ("made", "why"),
+    [
+        ({"validity": "-2h:-1h"}, "it is valid from"),
+        ({"validity": "+1h:+2h"}, "it is valid from"),
+        ({"principals": "elsewhere.example,127.0.0.4"}, "it is for elsewhere.example, 127.0.0.4"),
+    ],
+)
+def test_a_host_certificate_that_does_not_hold_here_is_refused(
+    vouched: Sshd, tmp_path: Path, made: dict[str, str], why: str
+) -> None:
+    own_known_hosts(vouched.host_authority_line)
+    vouched.certify_host(**made)
+    vouched.restart()
+    since = vouched.mark()
+    with pytest.raises(HostKeyRefused, match=why):
+        connect(site_of(vouched), road_to(tmp_path))
+    assert credentials_sent(vouched, since) == 0
+    vouched.certify_host(principals="127.0.0.?*")
+    vouched.restart()
+    with connected(site_of(vouched), road_to(tmp_path)) as connection:
+        assert connection.run("true").status == 0
+
+
+@pytest.mark.parametrize("which", ["key", "authority", "another authority"])
+def test_what_is_revoked_is_refused_whatever_certificate_comes_with_it(
+    vouched: Sshd, tmp_path: Path, which: str
+) -> None:
+    line = vouched.host_authority_line
+    revoked = {"key": vouched.host_key_line, "authority": line.split(maxsplit=2)[2]}
+    own_known_hosts(line + f"@revoked * {revoked.get(which, '')}\n")
+    if which == "another authority":
+        keygen(tmp_path / "another")
+        own_known_hosts(f"@cert-authority * {(tmp_path / 'another.pub').read_text()}")
+    why = {"another authority": "names another authority"}.get(which, "revoked")
+    since = vouched.mark()
+    with pytest.raises(HostKeyRefused, match=why):
+        connect(site_of(vouched), road_to(tmp_path))
+    assert credentials_sent(vouched, since) == 0
+
+
+@pytest.mark.parametrize("kind", ["rsa", "ecdsa", "ed25519"])
+def test_every_kind_of_key_and_authority_is_judged_as_ssh_keygen_signs_it(tmp_path: Path, kind: str) -> None:
+    authority, host = keygen(tmp_path / "authority", kind=kind), keygen(tmp_path / "host", kind=kind)
+    argv = ["ssh-keygen", "-q", "-s", str(authority), "-I", "h", "-h", "-n", "*.example.org", "-V", "-1m:+1h"]
+    subprocess.run([*argv, str(host) + ".pub"], check=True)
+    certificate = base64.b64decode((tmp_path / "host-cert.pub").read_text().split()[1])
+    key, signer = (
+        base64.b64decode((tmp_path / f"{name}.pub").read_text().split()[1]) for name in ("host", "authority")
+    )
+    place = Place(host="Login1.example.org", port=22, user="me")
+    assert hostcertificates.objection(certificate, key, place, {signer}) == ""
+    assert "another authority" in hostcertificates.objection(certificate, key, place, {key})
+    assert "not one of this host key" in hostcertificates.objection(certificate, signer, place, {signer})
+    broken = certificate[:-5] + bytes([certificate[-5] ^ 1]) + certificate[-4:]
+    assert "signature is wrong" in hostcertificates.objection(broken, key, place, {signer})
+    subprocess.run([*[word for word in argv if word != "-h"], str(host) + ".pub"], check=True)
+    user = base64.b64decode((tmp_path / "host-cert.pub").read_text().split()[1])
+    assert "not one of this host key" in hostcertificates.objection(user, key, place, {signer})
+
+
+def test_an_authority_that_signs_with_sha1_is_not_believed(tmp_path: Path) -> None:
+    authority, host = keygen(tmp_path / "authority", kind="rsa"), keygen(tmp_path / "host")
+    argv = [
+        "ssh-keygen",
+        "-q",
+        "-t",
+        "ssh-rsa",
+        "-s",
+        str(authority),
+        "-I",
+        "h",
+        "-h",
+        "-n",
+        "a.example",
+        str(host) + ".pub",
+    ]
     subprocess.run(argv, check=True)
-    options = (f"HostKey {host}", f"HostCertificate {tmp_path / 'host-cert.pub'}")
-    with Sshd(name="login-hostcert", address=ADDRESS, port=2246, user="flctl-login", options=options) as server:
-        site, road = site_of(server), road_to(tmp_path)
-        own_known_hosts(f"@cert-authority *.elsewhere.org {(tmp_path / 'authority.pub').read_text()}")
-        with pytest.raises(HostKeyRefused):
-            connect(site, road)
-        own_known_hosts(f"@cert-authority [127.0.0.*]:* {(tmp_path / 'authority.pub').read_text()}")
-        assert credentials_sent(server, 0) == 0
-        with connected(site, road) as connection:
-            assert connection.run("true").status == 0
-        assert " ".join((tmp_path / "host.pub").read_text().split()[:2]) in road.known_hosts.read_text()
+    certificate = base64.b64decode((tmp_path / "host-cert.pub").read_text().split()[1])
+    key, signer = (
+        base64.b64decode((tmp_path / f"{name}.pub").read_text().split()[1]) for name in ("host", "authority")
+    )
+    place = Place(host="a.example", port=22, user="me")
+    assert "SHA-1" in hostcertificates.objection(certificate, key, place, {signer})
 
 
 def test_trusting_a_host_leaves_the_other_lines_alone(tmp_path: Path) -> None:

@@ -4,7 +4,6 @@ import dataclasses
 import re
 import subprocess
 import sys
-import tomllib
 from pathlib import Path
 
 import pytest
@@ -77,11 +76,11 @@ def test_the_default_shape_takes_from_the_scheduler_what_it_leaves_open(tmp_path
     )
 
 
-@pytest.mark.parametrize("name", ["leonardo", "karolina", "example"])
-def test_the_shipped_profiles_load(name: str) -> None:
-    site = load_site(SITES / f"{name}.toml")
-    assert site.name == name
-    assert {"login.user", "scheduler.account"} <= set(missing(site))
+@pytest.mark.parametrize("path", sorted(SITES.glob("*.toml")), ids=lambda path: path.stem)
+def test_the_shipped_profiles_load(path: Path) -> None:
+    site = load_site(path)
+    assert site.name == path.stem
+    assert "login.user" in missing(site)
     for shape in site.shapes:
         scheduler = dataclasses.replace(site.scheduler, shape=shape)
         assert dataclasses.replace(site, scheduler=scheduler).shape.walltime >= 60
@@ -311,9 +310,3 @@ def test_any_dataclass_may_be_a_table(tmp_path: Path) -> None:
 def test_the_module_loads_without_pydantic() -> None:
     code = "import sys, flctl.facility.profile; sys.exit('pydantic' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
-
-
-def test_the_published_profiles_hold_no_user_and_no_account() -> None:
-    for name in ("leonardo", "karolina"):
-        data = tomllib.loads((SITES / f"{name}.toml").read_text(encoding="utf-8"))
-        assert data["login"]["user"] == "" and data["scheduler"]["account"] == ""

@@ -6,6 +6,7 @@ import os
 import re
 import shlex
 import subprocess
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -52,10 +53,10 @@ def capture(name: str) -> Capture:
 
 # ---- one contract for all ----
 
-BOTH = pytest.mark.parametrize("kind", ["slurm", "local"])
+EVERY = pytest.mark.parametrize("kind", ["slurm", "local", "pbs"])
 
 
-@BOTH
+@EVERY
 def test_a_submission_is_one_simple_command_that_names_token_and_script(kind: str) -> None:
     """Its output is redirected by the caller, so it may be no list of commands."""
     command = scheduler(kind).submit("/work dir/it's/job.sh", TOKEN)
@@ -65,7 +66,7 @@ def test_a_submission_is_one_simple_command_that_names_token_and_script(kind: st
     assert not re.search(r"[;&|<>\n]", command)
 
 
-@BOTH
+@EVERY
 def test_every_command_is_posix_shell(kind: str) -> None:
     one = scheduler(kind)
     commands = [one.submit("/a b/job.sh", TOKEN), one.queue(), one.cancel(TOKEN, "17"), one.accounting([TOKEN, "fz"])]
@@ -74,43 +75,58 @@ def test_every_command_is_posix_shell(kind: str) -> None:
         assert subprocess.run(["dash", "-n", "-c", framed], check=False).returncode == 0, command
 
 
-@BOTH
+@EVERY
 def test_cancelling_is_by_name_and_never_by_an_id_that_may_be_anothers(kind: str) -> None:
     assert scheduler(kind).cancel(TOKEN, "4242") == scheduler(kind).cancel(TOKEN, None)
     assert TOKEN in scheduler(kind).cancel(TOKEN, None)
 
 
-ROW = "{id}|{state}|1795250190|{start}|{end}|{reason}|{name}\n"
-IDS = {"slurm": ("1000", "1001"), "local": ("1795250190.17", "1795250190.18")}
+ROW = "{id}|{state}|1795250190|{start}|{end}|{elapsed}|{reason}|{name}\n"
+IDS = {"slurm": ("1000", "1001"), "local": ("1795250190.17", "1795250190.18"), "pbs": ("1000.vm", "1001.vm.site.eu")}
+LETTERS = {"RUNNING": "R", "COMPLETED": "F", "FAILED": "F", "TIMEOUT": "F", "CANCELLED": "F"}
+"""PBS has letters for states, and one for all ends."""
 
 
 def rows(kind: str, *jobs: dict[str, str]) -> str:
-    blank = {"start": "N/A", "end": "N/A", "reason": "None", "name": TOKEN, "state": "RUNNING", "id": IDS[kind][0]}
-    return "".join(ROW.format(**(blank | job)) for job in jobs)
+    blank = {"start": "N/A", "end": "N/A", "elapsed": "7", "reason": "None", "name": TOKEN, "state": "RUNNING"}
+    blank |= {"id": IDS[kind][0]}
+    return "".join((block if kind == "pbs" else ROW.format)(**(blank | job)) for job in jobs)
 
 
-@BOTH
+def block(**job: str) -> str:
+    """The same job as PBS lists it."""
+    state = LETTERS.get(job["state"], job["state"])
+    lines = [f"Job Id: {job['id']}", f"    Job_Name = {job['name']}", f"    job_state = {state}"]
+    lines += ["    ctime = " + time.asctime(time.gmtime(NOW)), f"    resources_used.walltime = {job['elapsed']}"]
+    if job["start"] != "N/A":
+        lines += [f"    Resource_List.walltime = {int(job['end']) - int(job['start'])}"]
+        lines += ["    stime = " + time.asctime(time.gmtime(int(job["start"])))]
+    return "\n".join(lines) + "\n\n"
+
+
+@EVERY
 def test_an_empty_listing_is_an_answer(kind: str) -> None:
     assert scheduler(kind).seen(0, "", "") == ()
 
 
-@BOTH
+@EVERY
 def test_a_listing_gives_name_state_and_times(kind: str) -> None:
     text = rows(kind, {"start": "1795250200", "end": "1795250800"})
     assert scheduler(kind).seen(0, text, "") == (
         Seen(
             id=IDS[kind][0],
             name=TOKEN,
-            state="RUNNING",
+            state="R" if kind == "pbs" else "RUNNING",
             activity=Activity.ACTIVE,
             submitted_at=NOW,
             started_at=NOW + 10,
             expected_end=NOW + 610,
+            elapsed=7,
         ),
     )
 
 
-@BOTH
+@EVERY
 @pytest.mark.parametrize("status", [1, 2, 127, 255, -1])
 def test_a_query_that_failed_is_never_an_empty_listing(kind: str, status: int) -> None:
     with pytest.raises(QueryFailed):
@@ -119,14 +135,15 @@ def test_a_query_that_failed_is_never_an_empty_listing(kind: str, status: int) -
         scheduler(kind).seen(status, rows(kind, {}), "")
 
 
-@BOTH
+@EVERY
 @pytest.mark.parametrize(
     "text",
     [
         "Welcome to the machine!\n",
         "17|RUNNING|17952\n",
         "17|RUNNING\n",
-        "17||1|2|3|None|x\n",
+        "17||1|2|3|4|None|x\n",
+        "17|RUNNING|1|2|3|None|x\n",
         "\x1b[31mJOBID|STATE\n",
         "{}\n",
         "squeue: error: something\n",
@@ -137,35 +154,35 @@ def test_text_that_is_no_listing_is_a_failed_query(kind: str, text: str) -> None
         scheduler(kind).seen(0, text, "")
 
 
-@BOTH
-@pytest.mark.parametrize("name", ["a|b", "|", "", "x|COMPLETED|1|2|3|None|y", "a\nb", "$(id)", "č", "\x1b[2J"])
+@EVERY
+@pytest.mark.parametrize("name", ["a|b", "|", "", "x|COMPLETED|1|2|3|4|None|y", "a\nb", "$(id)", "č", "\x1b[2J"])
 def test_a_job_of_any_name_leaves_the_others_readable(kind: str, name: str) -> None:
     first, second = IDS[kind]
     seen = scheduler(kind).seen(0, rows(kind, {"name": name}, {"id": second}), "")
     assert [(job.id, job.name) for job in seen] == [(first, name), (second, TOKEN)]
 
 
-@BOTH
+@EVERY
 @pytest.mark.parametrize("word", ["SHINY_NEW_STATE", "running?", "C0MPLETED", "COMPLETED_MAYBE"])
 def test_a_state_that_nobody_knows_is_active(kind: str, word: str) -> None:
     (job,) = scheduler(kind).seen(0, rows(kind, {"state": word}), "")
     assert (job.state, job.activity) == (word.upper(), Activity.ACTIVE)
 
 
-@BOTH
+@EVERY
 @pytest.mark.parametrize("word", ["COMPLETED", "FAILED", "TIMEOUT", "CANCELLED"])
 def test_common_ends_are_ends(kind: str, word: str) -> None:
     (job,) = scheduler(kind).seen(0, rows(kind, {"state": word, "end": "1795250800"}), "")
     assert (job.activity, job.expected_end) == (Activity.ENDED, None)
 
 
-@BOTH
+@EVERY
 @pytest.mark.parametrize("text", ["", "N/A", "Submitted job 17", "-1", "17 18", "$(id)", "17\n18", "17;18;19", "١٧"])
 def test_what_is_no_id_is_no_id(kind: str, text: str) -> None:
     assert scheduler(kind).job_id(text) is None
 
 
-@BOTH
+@EVERY
 @pytest.mark.parametrize("text", ["", "ssh: connection reset", "Killed", "Terminated", "warning: something"])
 def test_when_in_doubt_nothing_was_refused(kind: str, text: str) -> None:
     assert scheduler(kind).refusal(text) is None
@@ -274,22 +291,22 @@ def test_a_lost_answer_is_no_refusal(text: str) -> None:
 def test_a_real_listing_is_read_whole() -> None:
     answer = capture("squeue_all")
     seen = {job.id: job for job in scheduler("slurm").seen(answer.status, answer.stdout, answer.stderr)}
-    assert len(seen) == 17
-    assert seen["1019"].name == "odd|na\nme"
-    assert seen["1023_[2-3%1]"].activity == Activity.WAITING
-    assert seen["1020"].reason == "JobHeldUser"
-    assert (seen["1015"].state, seen["1015"].reason) == ("FAILED", "BadConstraints")
-    assert seen["1009"].activity == Activity.ENDED
-    waiting, running = seen["1022"], seen["1021"]
-    assert (waiting.expected_start, waiting.started_at) == (NOW + 1083, None)
-    assert (running.started_at, running.expected_end) == (NOW + 488, NOW + 548)
+    assert len(seen) == 18
+    assert seen["1006"].name == "odd|na\nme"
+    assert seen["1012_[1-3%1]"].activity == Activity.WAITING
+    assert seen["1013"].reason == "JobHeldUser"
+    assert (seen["1007"].state, seen["1007"].reason) == ("FAILED", "NonZeroExitCode")
+    assert seen["1003"].activity == Activity.ENDED
+    waiting, running = seen["1010"], seen["1009"]
+    assert (waiting.expected_start, waiting.started_at) == (1_795_274_290, None)
+    assert (running.started_at, running.expected_end) == (1_795_273_690, 1_795_274_290)
 
 
 def test_local_times_are_not_guessed() -> None:
     """Only the site knows its zone; where SLURM_TIME_FORMAT has no effect there are no times, and no wrong ones."""
     answer = capture("squeue_local_time")
     seen = scheduler("slurm").seen(answer.status, answer.stdout, answer.stderr)
-    assert len(seen) == 17
+    assert len(seen) == 18
     assert all(job.submitted_at is job.started_at is job.expected_end is None for job in seen)
 
 
@@ -325,11 +342,11 @@ def test_accounting_that_fails_is_a_failed_query() -> None:
 @pytest.mark.parametrize(
     ("line", "state", "reason"),
     [
-        ("17|CANCELLED by 0|1795250190|1795250190|1795250200|0:0|fa", "CANCELLED", "CANCELLED by 0"),
-        ("17|CANCELLED+|1795250190|Unknown|1795250200|0:0|fa", "CANCELLED", ""),
-        ("17|FAILED|1795250190|1795250190|1795250200|0:53|fa", "FAILED", "0:53"),
-        ("17|OUT_OF_MEMORY|1795250190|1795250190|1795250200|0:125|fa", "OUT_OF_MEMORY", "0:125"),
-        ("17|TIMEOUT|1795250190|1795250190|1795250200|0:0|fa", "TIMEOUT", ""),
+        ("17|CANCELLED by 0|1795250190|1795250190|1795250200|10|0:0|fa", "CANCELLED", "CANCELLED by 0"),
+        ("17|CANCELLED+|1795250190|Unknown|1795250200|10|0:0|fa", "CANCELLED", ""),
+        ("17|FAILED|1795250190|1795250190|1795250200|10|0:53|fa", "FAILED", "0:53"),
+        ("17|OUT_OF_MEMORY|1795250190|1795250190|1795250200|10|0:125|fa", "OUT_OF_MEMORY", "0:125"),
+        ("17|TIMEOUT|1795250190|1795250190|1795250200|10|0:0|fa", "TIMEOUT", ""),
     ],
 )
 def test_lines_of_sacct_are_read(line: str, state: str, reason: str) -> None:

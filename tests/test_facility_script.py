@@ -17,8 +17,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from flctl.errors import ConfigurationError
-from flctl.facility.profile import Environment, Scheduler, Shape, Site
-from flctl.facility.script import Lines, Words, environment_lines, job_script, job_values, render, shell_word
+from flctl.facility.profile import Container, Environment, Scheduler, Shape, Site
+from flctl.facility.script import (
+    Lines,
+    Plain,
+    Words,
+    container_words,
+    environment_lines,
+    job_script,
+    job_values,
+    render,
+    shell_word,
+)
 
 ROOT = Path(__file__).parent.parent
 TEMPLATES = ROOT / "templates"
@@ -203,6 +213,69 @@ def test_the_environment_comes_in_its_order() -> None:
     assert environment_lines(SITE) == ["export HF_HUB_OFFLINE=1"]
 
 
+def test_the_whole_environment_comes_in_its_order() -> None:
+    environment = Environment(
+        modules_use=("$WORK/modules", "/soft/m f"), modules=("a/1",), unset=("PYTHONPATH", "X"), offline=False
+    )
+    assert environment_lines(replace(SITE, environment=environment)) == [
+        "type module >/dev/null 2>&1 || . /etc/profile",
+        'module use "$WORK/modules" || exit 1',
+        "module use '/soft/m f' || exit 1",
+        "module load a/1 || exit 1",
+        "unset PYTHONPATH X",
+    ]
+
+
+def contained(*binds: str, program: str = "apptainer", **fields: Any) -> Site:
+    container = Container(program=program, image="$WORK/a.sif", binds=binds, **fields)  # type: ignore[arg-type]
+    return replace(SITE, environment=Environment(container=container))
+
+
+def test_the_container_stands_in_front_of_python() -> None:
+    site = contained("$SCRATCH", "/soft:/opt/soft:ro", "/ro:ro", gpu="--nv --fakeroot", options=("--cleanenv",))
+    (line,) = [line for line in script(site).splitlines() if "apptainer exec" in line]
+    assert line == (
+        '  exec  apptainer exec --nv --fakeroot --bind /work/c-1234 --bind /data --bind "$SCRATCH"'
+        ' --bind /soft:/opt/soft:ro --bind /ro:/ro:ro --cleanenv "$WORK/a.sif"'
+        """ /bin/sh -c 'trap '"'"''"'"' USR1; exec "$@"' flctl python3 /work/c-1234/payload/ab/train.py"""
+    )
+    assert container_words(SITE, "/work", "/data of mine, too") == ()
+
+
+def test_a_merge_runs_in_the_container_as_well() -> None:
+    root = PurePosixPath("/work/c")
+    folders = {"run": root / "runs" / "0001-1", "workdir": root, "payload": root / "payload" / "ab"}
+    text = (TEMPLATES / "slurm.sh").read_text(encoding="utf-8")
+    zipped = root / "payload" / "cd" / "merge.zip"
+    made = job_script(contained(), text, token="f", campaign="c", data="/d", now=0.0, program=zipped, **folders)
+    assert f"flctl python3 {zipped}\n" in made and made.count("apptainer exec") == 1
+
+
+@pytest.mark.parametrize("place", ["/a b", "/a,b", "/a:b", "/a\tb"])
+def test_a_path_that_cannot_be_bound_is_refused(place: str) -> None:
+    for words in (lambda: container_words(contained(), "/work", place), lambda: container_words(contained(place))):
+        with pytest.raises(ConfigurationError, match="cannot be bound into a container"):
+            words()
+
+
+def test_a_path_that_holds_a_dollar_is_bound_as_it_is() -> None:
+    text = render("printf '[%s]' {{it}}", {"it": Words(container_words(contained(), "/w/$HOME")[2:4])}, source="t")
+    assert bash(text, HOME="/h") == "[--bind][/w/$HOME]"
+    assert shell_word(Plain('$(id)"`')) == "'$(id)\"`'"
+
+
+def test_variables_of_the_job_win_over_those_of_the_image() -> None:
+    exports = {"ONE": "a b", "PATH": "/x:$PATH", "HF_HUB_OFFLINE": "0"}
+    for program in ("apptainer", "singularity"):
+        container = Container(program=program, image="/i")  # type: ignore[arg-type]
+        environment = Environment(container=container, exports=exports, offline=False)
+        line = environment_lines(replace(SITE, environment=environment))[-1]
+        found = bash(f"export ONE='a b' FLCTL_A=1 FLCTL_B='2 3' http_proxy=\n{line}\nenv", HF_HUB_OFFLINE="0")
+        prefix = f"{program.upper()}ENV_"
+        passed = {word.removeprefix(prefix) for word in found.splitlines() if word.startswith(prefix)}
+        assert passed == {"ONE=a b", "FLCTL_A=1", "FLCTL_B=2 3", "http_proxy=", "HF_HUB_OFFLINE=0"}
+
+
 def test_every_value_is_documented() -> None:
     path = PurePosixPath("/a")
     values = job_values(SITE, token="f", campaign="c", run=path, workdir=path, payload=path, data="/d", now=0.0)
@@ -247,8 +320,16 @@ IGNORES = TRAINER + "ready('on'); open('go').read(); save()\n"
 class Job:
     """An attempt's folder at a site, ready to start; the site's path holds a blank and a quote."""
 
-    def __init__(self, folder: Path, trainer: str, environment: Environment) -> None:
-        self.root = folder / "it's here"
+    def __init__(
+        self,
+        folder: Path,
+        trainer: str,
+        environment: Environment,
+        *,
+        name: str = "it's here",
+        data: str = "/data of mine",
+    ) -> None:
+        self.root = folder / name
         self.run = self.root / "runs" / "0001-1"
         for place in (self.run, self.root / "models" / "0003", self.root / "payload" / "ab"):
             place.mkdir(parents=True)
@@ -261,7 +342,7 @@ class Job:
         for pipe in ("said", "go"):
             os.mkfifo(self.run / pipe)
         site = replace(SITE, scheduler=Scheduler(kind="local"), environment=environment)
-        (self.run / "job.sh").write_text(script(site, str(self.root), "/data of mine"))
+        (self.run / "job.sh").write_text(script(site, str(self.root), data))
 
     @contextmanager
     def started(self) -> Iterator["subprocess.Popen[str]"]:
@@ -407,6 +488,108 @@ def test_the_end_is_recorded_before_the_program_has_ended(tmp_path: Path) -> Non
         finally:
             os.close(go)
         assert process.wait(30) == 0
+
+
+# ---- in a container ----
+
+
+def in_container(tmp_path: Path, trainer: str, *options: str, image: str = "image", **environment: Any) -> Job:
+    """A job whose trainer runs in a container; tests/data/apptainer.py says what stands for Apptainer."""
+    (tmp_path / "image").mkdir()
+    (tmp_path / "image" / "env").write_text("OF_IMAGE=yes HF_HUB_OFFLINE=0 FLCTL_SEED=1")
+    for name in ("data", "extra", "unbound"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "file").write_text(name)
+    double = tmp_path / "bin" / "apptainer"
+    double.parent.mkdir()
+    double.write_text(f'#!/bin/sh\nexec {sys.executable} {ROOT / "tests" / "data" / "apptainer.py"} "$@"\n')
+    double.chmod(0o755)
+    container = Container(
+        program="apptainer",
+        image=str(tmp_path / image),
+        gpu="--nv",
+        binds=(f"{tmp_path}/extra:/extra:ro",),
+        options=options,
+    )
+    path = f'export PATH="{tmp_path}/bin:$PATH" APPTAINER_LOG={tmp_path}/argv'
+    made = Environment(python="/usr/bin/python3", container=container, activate=(path,), **environment)
+    return Job(tmp_path, trainer, made, name="it's-here", data=str(tmp_path / "data"))
+
+
+LOOKS = (
+    TRAINER
+    + """
+here = {"cwd": os.getcwd(), "env": dict(os.environ), "data": open(os.environ["FLCTL_DATA"] + "/file").read()}
+here |= {"model": os.listdir(os.environ["FLCTL_MODEL"]), "extra": open("/extra/file").read()}
+here |= {"unbound": os.path.exists(os.environ["FLCTL_DATA"].replace("/data", "/unbound"))}
+try:
+    open("/extra/file", "w")
+except OSError as error:
+    here["refused"] = error.errno
+json.dump(here, open("seen", "w"))
+save()
+"""
+)
+
+
+@pytest.mark.parametrize("options", [(), ("--cleanenv",)], ids=["as it is", "clean"])
+def test_a_trainer_in_a_container_has_what_it_needs(tmp_path: Path, options: tuple[str, ...]) -> None:
+    it = in_container(tmp_path, LOOKS, *options, exports={"ONE": "a b"})
+    with it.started() as process:
+        assert process.wait(60) == 0, it.log
+    done, seen = it.done(), json.loads((it.run / "seen").read_text())
+    assert (done["outcome"], sorted(entry["path"] for entry in done["files"])) == (
+        "done",
+        ["metrics.json", "model.safetensors"],
+    )
+    assert (seen["cwd"], seen["data"], seen["extra"], seen["unbound"]) == (str(it.run), "data", "extra", False)
+    assert seen["model"] == ["config.json"] and seen["refused"] == 30  # EROFS
+    env = seen["env"]
+    assert env["FLCTL_MODEL"] == str(it.root / "models" / "0003") and env["FLCTL_SEED"] == "5"
+    assert (env["ONE"], env["HF_HUB_OFFLINE"], env["PYTHONUNBUFFERED"], env["OF_IMAGE"]) == ("a b", "1", "1", "yes")
+    assert env["PATH"] == "/usr/bin:/bin" and ("FLCTL_JOB_ID" in env)
+    argv = json.loads((tmp_path / "argv").read_text())
+    binds = ["--bind", str(it.root), "--bind", str(tmp_path / "data"), "--bind", f"{tmp_path}/extra:/extra:ro"]
+    assert argv[: 8 + len(options)] == ["exec", "--nv", *binds, *options]
+
+
+def test_the_warning_reaches_a_program_in_a_container(tmp_path: Path) -> None:
+    it = in_container(tmp_path, WAITS)
+    with it.started() as process:
+        assert it.hear() == "on"
+        process.send_signal(signal.SIGUSR1)
+        assert process.wait(30) == 0, it.log
+    assert it.done()["outcome"] == "done"
+
+
+def test_a_program_in_a_container_that_knows_no_warning_is_not_killed_by_it(tmp_path: Path) -> None:
+    """Apptainer starts it with the default answer to every signal, whatever the job script ignores."""
+    it = in_container(tmp_path, IGNORES)
+    with it.started() as process:
+        assert it.hear() == "on"
+        for _ in range(3):
+            process.send_signal(signal.SIGUSR1)
+        (it.run / "go").write_text("on")
+        assert process.wait(30) == 0, it.log
+    assert it.done()["outcome"] == "done"
+
+
+def test_the_end_reaches_a_program_in_a_container_and_is_recorded(tmp_path: Path) -> None:
+    it = in_container(tmp_path, WAITS)
+    with it.started() as process:
+        assert it.hear() == "on"
+        process.terminate()
+        process.wait(30)
+    assert (it.done()["outcome"], it.done()["exit_status"]) == ("failed", 143)
+    assert (it.run / "out" / "model.safetensors").exists(), "it was told, and saved"
+
+
+def test_an_image_that_is_not_there_is_recorded(tmp_path: Path) -> None:
+    it = in_container(tmp_path, SAVES, image="none")
+    with it.started() as process:
+        assert process.wait(30) == 255
+    assert (it.done()["outcome"], it.done()["exit_status"]) == ("failed", 255)
+    assert "could not open image" in it.log
 
 
 def test_a_copy_that_is_not_the_owner_neither_trains_nor_writes(tmp_path: Path) -> None:

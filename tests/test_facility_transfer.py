@@ -23,7 +23,7 @@ from flctl.errors import (
     SiteUnreachable,
     TransferFailed,
 )
-from flctl.facility import login, openssh, over_ssh, transfer
+from flctl.facility import login, openssh, over_ssh, rsync, transfer
 from flctl.facility.connection import Connection
 from flctl.facility.profile import Transfer
 from flctl.records import FileEntry
@@ -280,11 +280,9 @@ def test_a_sender_cannot_exceed_the_largest_size_that_was_asked_for(
     site = fresh(keyed)
     write(site, "a", os.urandom(1_000_000))
     open_up(site)
-    monkeypatch.setattr(
-        transfer,
-        "_option_for",
-        lambda path: ["--max-size=1000000000b"],  # a later option replaces an earlier one
-    )
+    told = lambda words: [word for word in words if not word.startswith("--max-size")]  # noqa: E731
+    popen = subprocess.Popen
+    monkeypatch.setattr(rsync.subprocess, "Popen", lambda argv, **options: popen(told(argv), **options))
     with to(keyed, tmp_path) as connection, pytest.raises(FlctlError):
         connection.pull(there(site), [entry("a", 1000)], tmp_path / "target")
     assert not (tmp_path / "target" / "a").exists()
@@ -304,7 +302,7 @@ def test_files_that_were_not_asked_for_do_not_come(
 ) -> None:
     """Also if our rsync is one that takes them: then they never leave the folder where things arrive."""
     if not rsync_refuses:
-        monkeypatch.setattr(transfer, "_OPTIONS", [o for o in transfer._OPTIONS if o != "--no-dirs"])
+        monkeypatch.setattr(rsync, "OPTIONS", [o for o in rsync.OPTIONS if o != "--no-dirs"])
     with Sshd(name="move-evil", address=ADDRESS, port=2265, user="flctl-evil") as server:
         site, tools = fresh(server), server.account.folder(server.account.home / "tools")
         for name in ("a/more", "a/.bashrc"):
@@ -364,7 +362,7 @@ def test_what_was_moved_before_a_cut_is_not_moved_again(server: Sshd, tmp_path: 
                 network.cut_after = size * 2 // 3
                 with pytest.raises(SiteUnreachable):
                     move(connection)
-            wait_for(lambda target=target: list(target.glob(f"**/{transfer.PARTIAL}/a")))
+            wait_for(lambda target=target: list(target.glob(f"**/{rsync.PARTIAL}/a")))
             assert not (target / "a").exists()
             with to(server, tmp_path, network=network) as connection:
                 connection.run("true")
@@ -435,7 +433,7 @@ def test_stopping_ends_our_rsync_and_keeps_what_it_has(server: Sshd, tmp_path: P
     assert str(tmp_path / "lock") in held
     assert rsyncs(str(target)) == []
     assert not (target / "a").exists()
-    assert (target / transfer.INCOMING / transfer.PARTIAL / "a").stat().st_size > 5_000_000
+    assert (target / transfer.INCOMING / rsync.PARTIAL / "a").stat().st_size > 5_000_000
     os.close(lock)
 
 
@@ -526,13 +524,13 @@ def test_an_rsync_that_is_too_old_is_refused_with_the_way_to_get_one(
 ) -> None:
     program(tmp_path / "rsync", says)
     monkeypatch.setenv("PATH", str(tmp_path))
-    transfer.rsync_program.cache_clear()
+    rsync.rsync_program.cache_clear()
     try:
         with pytest.raises(ConfigurationError, match=r"rsync 3\.1") as caught:
-            transfer.rsync_program()
+            rsync.rsync_program()
         assert "brew install rsync" in caught.value.hint
     finally:
-        transfer.rsync_program.cache_clear()
+        rsync.rsync_program.cache_clear()
 
 
 # Logins
@@ -555,7 +553,7 @@ def test_one_code_serves_commands_and_files(coded: Sshd, tmp_path: Path) -> None
 def test_every_login_of_ssh_is_counted(keyed: Sshd, tmp_path: Path, multiplex: bool, logins: int) -> None:
     since, told = keyed.mark(), []
     write(tmp_path / "source", "a", b"x")
-    with to(keyed, tmp_path, multiplex=multiplex, road={"on_login": lambda: told.append(1)}) as connection:
+    with to(keyed, tmp_path, multiplex=multiplex, road={"on_login": lambda *_: told.append(1)}) as connection:
         for _ in range(3):
             connection.push(tmp_path / "source", ["a"], there(fresh(keyed)))
         assert (connection.logins, len(told)) == (logins, logins)

@@ -1,5 +1,6 @@
 """The local queue: a job is alive as long as its folder's lock is held; no process id is trusted."""
 
+import json
 import os
 import signal
 import subprocess
@@ -33,7 +34,7 @@ class Queue:
 
     def states(self) -> dict[str, str]:
         rows = [line.split("|") for line in self.call("list", str(self.runs)).stdout.splitlines()]
-        return {row[6]: row[1] for row in rows}
+        return {row[7]: row[1] for row in rows}
 
     def wait(self, name: str, state: str, limit: float = 30) -> None:
         deadline = time.monotonic() + limit
@@ -67,12 +68,39 @@ def test_a_job_runs_detached_and_its_end_is_told(queue: Queue) -> None:
     assert (queue.runs / "good" / "log").read_text() == "out\nerr\n"
 
 
-def test_every_row_has_the_seven_fields(queue: Queue) -> None:
+def test_every_row_has_the_eight_fields(queue: Queue) -> None:
     job_id = queue.submit("fields", "sleep 60")
     row = queue.call("list", str(queue.runs)).stdout.strip().split("|")
     assert row[0] == job_id
-    assert len(row) == 7
+    assert len(row) == 8
     assert float(row[4]) == pytest.approx(float(row[2]) + 60, abs=1)
+
+
+def elapsed(queue: Queue) -> str:
+    return queue.call("list", str(queue.runs)).stdout.strip().split("|")[5]
+
+
+def test_the_time_that_a_job_ran_grows_until_it_ends(queue: Queue) -> None:
+    queue.submit("timed", "sleep 60")
+    while (running := float(elapsed(queue))) < 0.5:
+        time.sleep(0.1)
+    queue.call("cancel", str(queue.runs), "--name", "timed")
+    queue.wait("timed", "CANCELLED")
+    ended, then = elapsed(queue), time.monotonic()
+    assert float(ended) >= running
+    while time.monotonic() < then + 0.2:
+        assert elapsed(queue) == ended
+
+
+def test_a_job_whose_end_nobody_wrote_down_has_no_time(queue: Queue) -> None:
+    """Lost, or of a batch.py that did not write it."""
+    queue.submit("older", "exit 0")
+    queue.wait("older", "COMPLETED")
+    path = queue.runs / "older" / "job.card"
+    card = json.loads(path.read_text())
+    del card["ended"]
+    path.write_text(json.dumps(card))
+    assert elapsed(queue) == ""
 
 
 def test_a_job_outlives_the_process_group_that_submitted_it(queue: Queue, tmp_path: Path) -> None:

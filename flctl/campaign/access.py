@@ -2,17 +2,24 @@
 
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 from flctl.campaign import contacts
+from flctl.campaign.config import load_profile
 from flctl.campaign.session import Session, open_session
 from flctl.campaign.workspace import Workspace
-from flctl.errors import CodeSpent, LoginNeeded
-from flctl.facility.connection import Connection, Road, connect
+from flctl.errors import ConfigurationError, LoginNeeded, LoginTooSoon
+from flctl.facility import renewal
+from flctl.facility.connection import Connection, Road, connect, shares
+from flctl.facility.openssh import Place, login_place, transfer_place
+from flctl.facility.over_kept import KeptConnection
 from flctl.facility.profile import Site
+from flctl.facility.references import read_reference
+from flctl.facility.witness import Witness
 
 
 class Note(Protocol):
@@ -21,21 +28,55 @@ class Note(Protocol):
     def __call__(self, site: str, what: str, moved: int = 0, total: int = 0) -> None: ...
 
 
+Terminal = Callable[[], AbstractContextManager[None]]
+"""Lends our terminal, for as long as the context lasts, to a program that asks a person something."""
+
+RENEWAL_PAUSE = 300.0
+"""Seconds after a renewal that failed before a process which stays tries the next."""
+
+T = TypeVar("T")
+
+RSYNCS = 4
+"""What brings a first run to a site and back: the payload, the base, the job, the result."""
+
+
 @dataclass(slots=True, kw_only=True)
 class Access:
-    """The way to the sites. `runtime`: a private folder for sockets; `stopped` is asked while files move."""
+    """The way to the sites. `runtime`: a private folder for sockets; `stopped` is asked while files move; `terminal`:
+    None where nobody is there; `stays`: whether this process goes on for longer than one tick; `sparing`: whether files
+    go without a login of their own wherever they can."""
 
     workspace: Workspace
     runtime: Path
     stopped: Callable[[], bool]
     note: Note
+    terminal: Terminal | None = None
+    stays: bool = False
+    sparing: bool = False
+    _renewals: dict[str, float] = field(default_factory=dict)
     _connections: dict[str, Connection] = field(default_factory=dict)
     _equipped: set[str] = field(default_factory=set)
 
-    def session(self, profile: Site, lock: int) -> Session:
-        """The site's session, with this flctl's payload in place there. `lock`: the descriptor of the site's lock,
-        which must be held: rsync and ssh children inherit it. LoginNeeded for a held site, without a login."""
+    def session(self, profile: Site, lock: int, *, equip: bool = True) -> Session:
+        """The site's session, with this flctl's payload in place there (unless `equip` is false: nothing is sent then).
+        `lock`: the descriptor of the site's lock, which must be held: rsync and ssh children inherit it. LoginNeeded
+        for a held site, without a login."""
         name = profile.name
+        self._check_held(name)
+        self.note(name, "connecting")
+        connection = self._connections.get(name)
+        if connection is None:
+            connection = self._connect(profile, connect)
+            self._connections[name] = connection
+        self._note_until(profile, connection)
+        connection.lock_fds = (lock,)
+        session = open_session(self.workspace, profile, connection, partial(self.note, name))
+        if equip and name not in self._equipped:
+            session.place_payload()
+            self._equipped.add(name)
+        return session
+
+    def _check_held(self, name: str) -> None:
         held = self.workspace.contact(name).held
         if held is not None and contacts.is_held(held):
             raise LoginNeeded(
@@ -43,17 +84,6 @@ class Access:
                 hint=f"put it right, then flctl release {name}",
                 site=name,
             )
-        self.note(name, "connecting")
-        connection = self._connections.get(name)
-        if connection is None:
-            connection = self._connect(profile)
-            self._connections[name] = connection
-        connection.lock_fds = (lock,)
-        session = open_session(self.workspace, profile, connection, partial(self.note, name))
-        if name not in self._equipped:
-            session.place_payload()
-            self._equipped.add(name)
-        return session
 
     def drop(self, site: str) -> None:
         """Close the connection to a site, if there is one."""
@@ -62,19 +92,70 @@ class Access:
         if connection is not None:
             connection.close()
 
+    def is_kept(self, site: str) -> bool:
+        """Whether the site is reached over a connection that a person opened: contacts cost no login then."""
+        return isinstance(self._connections.get(site), KeptConnection)
+
     def close(self) -> None:
         for site in list(self._connections):
             self.drop(site)
 
-    def _connect(self, profile: Site) -> Connection:
+    def rehearse(self, profile: Site, witness: Witness) -> None:
+        """Log in once, as any command would, and leave; `witness` sees how it goes."""
+        from flctl.facility.login import rehearse
+
+        self._check_held(profile.name)
+        on_login = partial(self._count_login, profile, why="test")
+        self._connect(profile, lambda site, road: rehearse(site, road.known_hosts, on_login, witness))
+
+    def _connect(self, profile: Site, way: Callable[[Site, Road], T]) -> T:
         """Log in. A refused login holds the site, whoever asked for it: nothing hammers."""
         try:
-            return connect(profile, self._road(profile.name))
-        except CodeSpent:
+            self._renew(profile)
+            return way(profile, self._road(profile))
+        except LoginTooSoon:
             raise
         except LoginNeeded as error:
             self.hold(profile.name, error)
             raise
+
+    def _renew(self, profile: Site) -> None:
+        """Get a new certificate if it is time for one and the profile's program may be run: without asking, or by a
+        person who is there; after a failure not again by this tick. A failure is one where no valid one is left."""
+        name, unattended = profile.name, profile.login.renew_unattended
+        if not profile.login.renew or not (unattended or self.terminal) or not renewal.is_time(profile):
+            return
+        failed_at = self._renewals.get(name)
+        again = self.stays and unattended
+        if failed_at is not None and not (again and time.monotonic() > failed_at + RENEWAL_PAUSE):
+            return
+        self._renewals[name] = time.monotonic()
+        self.note(name, "getting a new certificate")
+        take_secrets(self.workspace)
+        try:
+            if unattended or self.terminal is None:
+                renewal.renew(profile, interactive=False, stop=self.stopped)
+            else:
+                with self.terminal():
+                    renewal.renew(profile, interactive=True, stop=self.stopped)
+        except LoginNeeded as error:
+            self.workspace.journal.append("renewal failed", site=name, message=error.message)
+            if renewal.certificate_until(profile) is None:
+                raise
+        else:
+            self.workspace.journal.append("renewal", site=name, until=renewal.certificate_until(profile))
+            del self._renewals[name]
+
+    def _note_until(self, profile: Site, connection: Connection) -> None:
+        """Remember until when the site's certificate, or the connection kept to it, is good; `flctl login` may have
+        renewed it meanwhile."""
+        contact, until = self.workspace.contact(profile.name), None
+        if isinstance(connection, KeptConnection):
+            until = connection.until
+        elif profile.login.kind == "certificate":
+            until = renewal.certificate_until(profile)
+        if until is not None and until != contact.login_until:
+            self.workspace.save_contact(profile.name, replace(contact, login_until=until))
 
     def hold(self, site: str, error: LoginNeeded) -> None:
         """Hold a site whose login was refused; one that is held keeps its first reason."""
@@ -82,17 +163,52 @@ class Access:
         if contact.held is None and error.attempted:
             self.workspace.save_contact(site, contacts.failed(contact, error, time.time()))
 
-    def _road(self, site: str) -> Road:
-        folder = self.runtime / site
+    def _road(self, profile: Site) -> Road:
+        folder = self.runtime / profile.name
         folder.mkdir(mode=0o700, exist_ok=True)
         return Road(
             known_hosts=self.workspace.root / "known_hosts",
             runtime=folder,
             stop=self.stopped,
-            on_login=lambda: self._count_login(site),
+            on_login=lambda place, why: self._count_login(profile, place, why),
+            on_rsync=lambda version: self._note_rsync(profile.name, version),
+            sparing=self.sparing,
         )
 
-    def _count_login(self, site: str) -> None:
+    def _note_rsync(self, site: str, version: str) -> None:
         contact = self.workspace.contact(site)
-        self.workspace.save_contact(site, replace(contact, logins=contact.logins + 1))
-        self.workspace.journal.append("login", site=site, count=contact.logins + 1)
+        if contact.rsync != version:
+            self.workspace.save_contact(site, replace(contact, rsync=version))
+
+    def _count_login(self, profile: Site, place: Place, why: str) -> None:
+        site = profile.name
+        contact = self.workspace.contact(site)
+        counted = replace(contact, logins=contact.logins + 1, login_at=time.time())
+        if contacts.hold_of(contact) is not None and contact.held is None:
+            counted = replace(counted, trouble=None)
+        self.workspace.save_contact(site, counted)
+        self.workspace.journal.append(
+            "login", site=site, count=counted.logins, host=str(place), kind=profile.login.kind, why=why
+        )
+
+
+def take_secrets(workspace: Workspace) -> None:
+    """No program started from now on inherits a secret that a profile keeps in an environment variable."""
+    for name in workspace.profiles:
+        with suppress(ConfigurationError):
+            login = load_profile(workspace, name).login
+            for reference in (login.password.secret, login.totp.secret):
+                if reference.startswith("env:"):
+                    read_reference(reference)
+
+
+def expected_logins(site: Site, *, held: bool = False) -> int:
+    """How many logins one process makes that brings files to a site and commands there, hosts on the way included: all
+    of a `round`, or a tick. `held`: over a connection that is kept already. Where each rsync must log in by itself
+    (multiplex = false), as many as a run needs."""
+    if site.connection == "local":
+        return 0
+    roads = 0 if held else 1
+    if not shares(site) and not (held and transfer_place(site) == login_place(site)):
+        roads += 1 if site.login.multiplex else RSYNCS
+    return roads * (2 if site.login.proxy_jump else 1)

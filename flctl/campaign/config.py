@@ -8,6 +8,7 @@ from flctl.campaign.privacy import check_privacy
 from flctl.campaign.workspace import Workspace
 from flctl.errors import ConfigurationError
 from flctl.facility.profile import Site, load_site
+from flctl.facility.ssh_config import effective
 from flctl.facility.table import between, load_table
 
 
@@ -61,6 +62,12 @@ class PrivacyTable:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class BudgetTable:
+    max_node_hours: Annotated[float, between(0)] = 0.0
+    """What the jobs of all sites may use together; 0: no limit."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class EvaluationTable:
     cross: bool = False
     """After each merge every site evaluates the new model and the other sites' contributions (models travel)."""
@@ -86,6 +93,7 @@ class Configuration:
     fetch: FetchTable = field(default_factory=FetchTable)
     gates: GatesTable = field(default_factory=GatesTable)
     privacy: PrivacyTable = field(default_factory=PrivacyTable)
+    budget: BudgetTable = field(default_factory=BudgetTable)
 
     @property
     def steps(self) -> int:
@@ -104,7 +112,7 @@ def load_configuration(workspace: Workspace) -> Configuration:
 
 
 def load_profile(workspace: Workspace, name: str) -> Site:
-    """The profile of one of the campaign's sites."""
+    """The profile of one of the campaign's sites, with what ~/.ssh/config adds to it."""
     path = workspace.profiles.get(name)
     if path is None:
         known = ", ".join(workspace.profiles) or "none"
@@ -112,7 +120,7 @@ def load_profile(workspace: Workspace, name: str) -> Site:
             f"this campaign has no site {name!r}; it has: {known}",
             hint=f"write {workspace.root / 'sites' / (name + '.toml')}, or name one of those",
         )
-    return load_site(path)
+    return effective(load_site(path))
 
 
 def new_id() -> str:

@@ -10,9 +10,10 @@ from pathlib import Path
 from flctl.campaign import shipped
 from flctl.campaign.config import new_id
 from flctl.campaign.merging import model_record
+from flctl.campaign.profiles import to_fill_in
 from flctl.campaign.workspace import Workspace, fsync_folder, write_atomic, write_json
 from flctl.errors import ConfigurationError
-from flctl.facility.profile import load_site, missing
+from flctl.facility.profile import load_site
 
 CONFIGURATION = """\
 # flctl.toml: what this campaign is. Every key is explained in docs/configuration.md.
@@ -134,33 +135,7 @@ def _toml(value: object) -> str:
     return f'"{value}"' if isinstance(value, str) else repr(value)
 
 
-def profile_text(name: str) -> str:
-    """A shipped profile's text, by the facility's name."""
-    folder = shipped.shipped("sites")
-    path = folder / f"{name}.toml"
-    if not path.is_file():
-        known = ", ".join(sorted(p.stem for p in folder.glob("*.toml") if p.stem != "example"))
-        raise ConfigurationError(
-            f"flctl ships no profile of a site {name!r}; it ships: {known}",
-            hint=f"give the path of your own: --sites path/to/{name}.toml (sites/example.toml explains every key)",
-        )
-    return path.read_text(encoding="utf-8")
-
-
-def profiles_of(sites: list[str]) -> dict[str, str]:
-    """The profile texts that `--sites` names: a path to a TOML file, or a shipped profile."""
-    texts = {}
-    for site in sites:
-        path = Path(site)
-        if path.suffix == ".toml":
-            load_site(path)
-            texts[path.stem] = path.read_text(encoding="utf-8")
-        else:
-            texts[site] = profile_text(site)
-    return texts
-
-
 def unfilled(workspace: Workspace) -> dict[str, list[str]]:
     """What a person must still write into the profiles, by site."""
-    gaps = {name: missing(load_site(path)) for name, path in workspace.profiles.items()}
+    gaps = {name: to_fill_in(load_site(path)) for name, path in workspace.profiles.items()}
     return {name: keys for name, keys in gaps.items() if keys}

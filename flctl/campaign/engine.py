@@ -13,14 +13,14 @@ from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from flctl.campaign import contacts, gates, remote_merge, steps
-from flctl.campaign.access import Access
+from flctl.campaign import budget, contacts, gates, remote_merge, steps
+from flctl.campaign.access import Access, Terminal
 from flctl.campaign.config import Configuration, load_configuration, load_profile
 from flctl.campaign.contacts import failure_of
 from flctl.campaign.merging import merge_model
 from flctl.campaign.session import Session
 from flctl.campaign.workspace import Workspace
-from flctl.errors import CodeSpent, FlctlError, Interrupted, Locked, defect
+from flctl.errors import FlctlError, Interrupted, Locked, LoginNeeded, LoginTooSoon, defect
 from flctl.facility.profile import Site
 from flctl.policy import POLICIES, Decision, View
 from flctl.records import Failure, Job, Merge, Order, Plan, Run, Stage, Work, token_of
@@ -43,7 +43,8 @@ class Doing:
 class Engine:
     """Moves one campaign in this process. `stop` set: no new step begins, our rsync ends, Interrupted is raised.
     `errors`: what went wrong in this process, by site. `stays`: this process comes back to its connections.
-    `abandoned`: a thread still waits for a site although it was told to stop. `tell` hears each change as a line."""
+    `abandoned`: a thread still waits for a site although it was told to stop. `tell` hears each change as a line;
+    `terminal` lends ours to a program that asks a person (None: nobody is there)."""
 
     workspace: Workspace
     runtime: Path
@@ -53,10 +54,18 @@ class Engine:
     stays: bool = False
     abandoned: bool = False
     tell: Callable[[str], None] = lambda line: None
+    terminal: Terminal | None = None
     access: Access = field(init=False)
+    _warned: dict[str, float | None] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.access = Access(workspace=self.workspace, runtime=self.runtime, stopped=self.stop.is_set, note=self.note)
+        self.access = Access(
+            workspace=self.workspace,
+            runtime=self.runtime,
+            stopped=self.stop.is_set,
+            note=self.note,
+            terminal=self.terminal,
+        )
 
     # One site
 
@@ -82,8 +91,8 @@ class Engine:
             self._move(self.access.session(profile, lock), configuration)
         except Interrupted:
             raise
-        except CodeSpent as spent:
-            self._postpone(site, spent.until + 0.5)
+        except LoginTooSoon as early:
+            self._postpone(site, early.until + 0.5)
         except FlctlError as error:
             self._note_trouble(site, error)
         except Exception as error:  # one site's defect must not end what the others do
@@ -115,6 +124,10 @@ class Engine:
     def _step(self, session: Session, run: Run, configuration: Configuration) -> Run:
         """The one step that the run's stage calls for; a run that fails for good is failed here."""
         try:
+            if run.stage == Stage.ORDERED or (run.stage == Stage.DELIVERED and run.job.rate is None):
+                run = budget.admitted(self.workspace, configuration, session.site, run)
+                if run.held is not None:
+                    return run
             if run.stage == Stage.ORDERED:
                 self.note(run.site, "delivering")
                 return steps.deliver(session, run, configuration)
@@ -137,6 +150,10 @@ class Engine:
         self.workspace.save_run(after)
         if after.failure is not None and after.failure != before.failure:
             self.errors.append((after.site, after.failure))
+        if after.held is not None and after.held != before.held:
+            self.errors.append((after.site, budget.held_by_budget(after)))
+            self.workspace.journal.append("held", site=after.site, number=after.number, reason=after.held.reason)
+            self.tell(f"{after.site}: run {after.number:04d} is HELD: {after.held.reason}")
         if after.stage != before.stage or after.attempt != before.attempt:
             self.workspace.journal.append(
                 "run",
@@ -160,13 +177,22 @@ class Engine:
 
     def _note_contact(self, profile: Site, began: float) -> None:
         """The site was reached: when it is next looked at depends on its jobs and on what a login costs."""
-        due = contacts.next_due(profile, self.open_runs(profile.name), time.time(), stays=self.stays)
-        self.workspace.save_contact(profile.name, contacts.reached(self.workspace.contact(profile.name), began, due))
+        runs, now = self.open_runs(profile.name), time.time()
+        due = contacts.next_due(profile, runs, now, stays=self.stays or self.access.is_kept(profile.name))
+        contact = contacts.reached(self.workspace.contact(profile.name), began, due)
+        self.workspace.save_contact(profile.name, contact)
+        warning = contacts.outlives(contact, profile, runs, now)
+        if warning and self.stays and self._warned.get(profile.name) != contact.login_until:
+            self._warned[profile.name] = contact.login_until
+            self.tell(warning)
 
     def _note_trouble(self, site: str, error: FlctlError) -> None:
         """The contact failed: say why, and come back later, or wait for a person."""
         self.access.drop(site)
-        self.workspace.save_contact(site, contacts.failed(self.workspace.contact(site), error, time.time()))
+        before = self.workspace.contact(site)
+        self.workspace.save_contact(site, contacts.failed(before, error, time.time()))
+        if isinstance(error, LoginNeeded) and not error.attempted and before.trouble == failure_of(error):
+            return
         self.errors.append((site, failure_of(error)))
         self.tell(f"{site}: {error.message}")
         self.workspace.journal.append("trouble", site=site, code=error.code, message=error.message)
@@ -250,7 +276,7 @@ class Engine:
         """Advance every due site, each in a thread of its own, and decide after each; also those that become due by
         what was decided. `stays`: this process keeps its connections for the next tick. Interrupted when `stop` is set
         or the monotonic clock passes `deadline`; what runs then is given INTERRUPT_PATIENCE seconds to end."""
-        self.stays = stays
+        self.stays = self.access.stays = stays
         decision = self.decide(patience=0.0)
         running: dict[Future[bool], str] = {}
         skipped: set[str] = set()

@@ -1,5 +1,7 @@
 """Owns what is found out when a plan is made, and not after a night in the queue: whether it can work at all."""
 
+import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,9 +11,12 @@ from flctl.campaign.privacy import check_plan
 from flctl.campaign.remote_merge import check_place
 from flctl.campaign.workspace import Workspace
 from flctl.errors import ConfigurationError
+from flctl.facility import limits
+from flctl.facility.profile import Site
 from flctl.facility.table import nearest
 from flctl.model.rules import find_rule, options_of
 from flctl.model.rules.averaging import convex, final
+from flctl.records import Failure, Stage
 
 
 def foresee(
@@ -19,10 +24,46 @@ def foresee(
 ) -> None:
     """ConfigurationError or BudgetRefused if so many more models by these sites, each of `least` contributions or more,
     cannot be made with flctl.toml and the profiles as they are."""
+    check_limits(workspace, sites)
+    check_models(workspace, configuration, sites, least, models)
+
+
+def check_models(
+    workspace: Workspace, configuration: Configuration, sites: tuple[str, ...], least: int, models: int
+) -> None:
+    """The same, but for the limits of the sites' queues."""
     check_train(workspace, sites, configuration.train)
     check_rule(workspace, configuration, len(sites), least)
     check_place(workspace, configuration)
     check_plan(workspace, configuration, workspace.newest_model().version, models)
+
+
+def limits_broken(workspace: Workspace, site: Site, now: float) -> list[Failure]:
+    """What of the profile's own tables [queues.NAME] a job submitted now breaks."""
+    file = workspace.root / "sites" / f"{site.name}.toml"
+    hint = f"change [shapes.{site.scheduler.shape}] or [scheduler] in {file}; flctl plan shows the rest"
+    reasons = limits.too_much(site, now)
+    return [Failure(code="configuration", exit_code=3, message=reason, hint=hint) for reason in reasons]
+
+
+def check_limits(workspace: Workspace, sites: Sequence[str]) -> None:
+    """ConfigurationError if a job of one of these sites is more than its queue allows, with all that are. A site that
+    has taken a job already is left alone: what runs there is not to be given up for a profile that has changed."""
+    now, early = time.time(), (Stage.ORDERED, Stage.DELIVERED)
+    taken = {run.site for run in workspace.runs() if run.open and run.stage not in early}
+    asked = [load_profile(workspace, name) for name in sites if name not in taken]
+    broken = {site.name: found for site in asked if (found := limits_broken(workspace, site, now))}
+    if not broken:
+        return
+    first = next(iter(broken))
+    if len(broken) == 1:
+        message = "; ".join(failure.message for failure in broken[first])
+        raise ConfigurationError(message, hint=broken[first][0].hint, site=first)
+    lines = [f"{name}: {failure.message}" for name, found in broken.items() for failure in found]
+    raise ConfigurationError(
+        "\n  ".join(["queues do not allow what these sites' shapes ask for:", *lines]),
+        hint=f"change [shapes] or [scheduler] in {workspace.root / 'sites'}; flctl plan shows the rest",
+    )
 
 
 def check_train(workspace: Workspace, sites: tuple[str, ...], train: dict[str, Any]) -> None:

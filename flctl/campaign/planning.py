@@ -3,13 +3,13 @@
 import time
 from dataclasses import replace
 
-from flctl.campaign import steps
-from flctl.campaign.config import load_configuration, load_profile
+from flctl.campaign import budget, steps
+from flctl.campaign.config import Configuration, load_configuration, load_profile
 from flctl.campaign.engine import Engine
 from flctl.campaign.foresight import check_rule, foresee
 from flctl.campaign.report import failed_runs
 from flctl.campaign.workspace import Workspace
-from flctl.errors import CodeSpent, ConfigurationError, FlctlError, Interrupted, Locked, UsageError
+from flctl.errors import ConfigurationError, FlctlError, Interrupted, Locked, LoginTooSoon, UsageError
 from flctl.facility.profile import missing
 from flctl.records import Failure, Job, Plan, Run, Stage, Work, token_of
 
@@ -38,27 +38,39 @@ def is_open(workspace: Workspace, plan: Plan) -> bool:
     return workspace.newest_model().version < plan.target or any(run.open for run in workspace.runs())
 
 
-def proposed(workspace: Workspace, names: list[str], rounds: int | None, steps_: int | None) -> Plan:
-    """The plan for `rounds` more models by these sites."""
-    configuration = load_configuration(workspace)
-    sites = chosen_sites(workspace, names)
-    least = configuration.campaign.min_sites
-    if least > len(sites):
-        raise ConfigurationError(
-            f"flctl.toml: campaign.min_sites is {least}, but only {len(sites)} sites are planned",
-            hint="lower it, or name more sites",
-        )
+def drafted(workspace: Workspace, sites: tuple[str, ...], rounds: int | None, steps_: int | None) -> Plan:
+    """The plan for `rounds` more models by these sites; whether it can work has not been looked at."""
+    configuration, last = load_configuration(workspace), workspace.plan()
     first = workspace.newest_model().version + 1
-    foresee(workspace, configuration, sites, least or len(sites), rounds or 1)
-    last = workspace.plan()
     return Plan(
         number=last.number + 1 if last else 1,
         sites=sites,
         first=first,
         target=first + (rounds or 1) - 1,
         steps=steps_ or configuration.steps,
-        min_sites=least or len(sites),
+        min_sites=configuration.campaign.min_sites or len(sites),
     )
+
+
+def proposed(workspace: Workspace, names: list[str], rounds: int | None, steps_: int | None) -> Plan:
+    """The plan for `rounds` more models by these sites, which nothing that is known speaks against."""
+    configuration = load_configuration(workspace)
+    sites = chosen_sites(workspace, names)
+    plan = drafted(workspace, sites, rounds, steps_)
+    check_least(configuration, len(sites))
+    foresee(workspace, configuration, sites, plan.min_sites, rounds or 1)
+    budget.check_first_round(workspace, configuration, sites)
+    return plan
+
+
+def check_least(configuration: Configuration, sites: int) -> None:
+    """ConfigurationError if a merge needs more contributions than there are planned sites."""
+    least = configuration.campaign.min_sites
+    if least > sites:
+        raise ConfigurationError(
+            f"flctl.toml: campaign.min_sites is {least}, but only {sites} sites are planned",
+            hint="lower it, or name more sites",
+        )
 
 
 def open_plan(workspace: Workspace, names: list[str], rounds: int | None, steps_: int | None) -> Plan:
@@ -66,7 +78,7 @@ def open_plan(workspace: Workspace, names: list[str], rounds: int | None, steps_
     with workspace.lock_campaign():
         current = workspace.plan()
         if current is not None and is_open(workspace, current):
-            _agree(workspace, current, names, rounds, steps_)
+            agree(workspace, current, names, rounds, steps_)
             left = current.target - workspace.newest_model().version
             foresee(workspace, load_configuration(workspace), current.sites, current.min_sites, left)
             return current
@@ -76,7 +88,7 @@ def open_plan(workspace: Workspace, names: list[str], rounds: int | None, steps_
         return plan
 
 
-def _agree(workspace: Workspace, plan: Plan, names: list[str], rounds: int | None, steps_: int | None) -> None:
+def agree(workspace: Workspace, plan: Plan, names: list[str], rounds: int | None, steps_: int | None) -> None:
     """UsageError if the arguments ask for something else than the open plan."""
     sites = None if not names else tuple(sorted(workspace.profiles if names == ["all"] else set(names)))
     different = [
@@ -116,8 +128,16 @@ def retry(engine: Engine, site: str | None) -> list[Run]:
                 continue
             attempt = run.attempt + 1
             job = Job(token=token_of(workspace.id, run.site, run.number, attempt))
+            spent = budget.used_by(run, budget.default_rate(workspace, run))
             fresh = replace(
-                run, stage=Stage.ORDERED, attempt=attempt, job=job, failure=None, contribution=None, skipped=False
+                run,
+                stage=Stage.ORDERED,
+                attempt=attempt,
+                job=job,
+                failure=None,
+                contribution=None,
+                skipped=False,
+                spent=spent,
             )
             engine.record(run, fresh)
         with workspace.lock_campaign():
@@ -158,7 +178,7 @@ def skip(engine: Engine, site: str) -> tuple[int, FlctlError | None]:
     for run in runs:
         try:
             _end(engine, run, why, skipped=True)
-        except (CodeSpent, Interrupted, Locked):
+        except (Interrupted, Locked, LoginTooSoon):
             raise
         except FlctlError as error:
             trouble = error
@@ -221,7 +241,7 @@ def _closed(engine: Engine, run: Run, why: str, *, skipped: bool) -> Run:
         return run
     hint = f"flctl retry {run.site} {run.order.work}s again"
     failure = Failure(code="job_failed", exit_code=6, message=why, hint=hint)
-    closed = replace(run, stage=Stage.FAILED, failure=failure, skipped=skipped)
+    closed = replace(run, stage=Stage.FAILED, failure=failure, skipped=skipped, held=None)
     engine.record(run, closed)
     return closed
 

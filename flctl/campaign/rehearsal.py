@@ -1,18 +1,25 @@
-"""Owns the dry run: what a round would do, rendered in memory, nothing touched."""
+"""Owns the dry run: what a round would do at each site, its job scripts rendered in memory; no site is touched."""
 
 import time
-from pathlib import PurePosixPath
+from dataclasses import replace
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from flctl.campaign import shipped
 from flctl.campaign.config import load_configuration, load_profile
-from flctl.campaign.planning import is_open, proposed
+from flctl.campaign.contacts import failure_of
+from flctl.campaign.foresight import check_models
+from flctl.campaign.planning import agree, check_least, drafted, is_open, proposed
 from flctl.campaign.privacy import outlook
 from flctl.campaign.session import VARIABLE
 from flctl.campaign.steps.deliver import read_template
-from flctl.campaign.workspace import Workspace
+from flctl.campaign.workspace import Workspace, write_atomic
+from flctl.errors import ConfigurationError, FlctlError
+from flctl.facility.profile import missing
 from flctl.facility.script import job_script
-from flctl.records import Plan, token_of
+from flctl.records import Failure, Plan, token_of
+
+Problems = list[tuple[str, Failure]]
 
 
 def rehearse(
@@ -21,11 +28,51 @@ def rehearse(
     """The plan, and the job script of each site's next run (and of a merge, where a site makes it). Before the first
     login `$WORK` stands as `/_WORK_`: only the site knows it."""
     current = workspace.plan()
-    plan = current if current is not None and is_open(workspace, current) else proposed(workspace, names, rounds, steps)
-    scripts = {name: _script(workspace, name) for name in plan.sites}
-    if place := load_configuration(workspace).aggregation.aggregate_at:
-        scripts[f"{place}, merge"] = _script(workspace, place, later=plan.sites.count(place), merges=True)
-    return plan, scripts
+    if current is not None and is_open(workspace, current):
+        agree(workspace, current, names, rounds, steps)
+        plan = current
+    else:
+        plan = proposed(workspace, names, rounds, steps)
+    return plan, scripts_of(workspace, plan)
+
+
+def considered(
+    workspace: Workspace, names: list[str], rounds: int | None, steps: int | None
+) -> tuple[Plan | None, Problems]:
+    """The same plan, of those sites whose profiles are whole (None: of none is), and all that speaks against it."""
+    current, problems = workspace.plan(), Problems()
+    plan = current if current is not None and is_open(workspace, current) else None
+    if plan is not None:
+        agree(workspace, plan, names, rounds, steps)
+    wanted = plan.sites if plan else tuple(workspace.profiles) if names in ([], ["all"]) else tuple(sorted(set(names)))
+    if not wanted:
+        raise ConfigurationError(f"the campaign has no sites: {workspace.root / 'sites'} is empty")
+    problems += [(name, failure_of(error)) for name in wanted if (error := _broken(workspace, name))]
+    whole = tuple(name for name in wanted if name not in dict(problems))
+    if not whole:
+        return None, problems
+    plan = replace(plan, sites=whole) if plan else drafted(workspace, whole, rounds, steps)
+    configuration = load_configuration(workspace)
+    try:
+        check_least(configuration, len(wanted))
+        left = max(0, plan.target - workspace.newest_model().version)
+        check_models(workspace, configuration, whole, min(plan.min_sites, len(whole)), left)
+    except FlctlError as error:
+        problems.append((error.site or "", failure_of(error)))
+    return plan, problems
+
+
+def _broken(workspace: Workspace, name: str) -> FlctlError | None:
+    """What is wrong with a site's profile or job template."""
+    try:
+        profile = load_profile(workspace, name)
+        if empty := missing(profile):
+            path = workspace.root / "sites" / f"{name}.toml"
+            raise ConfigurationError(f"{path} still lacks: {', '.join(empty)}", hint="fill them in")
+        script_of(workspace, name)
+    except FlctlError as error:
+        return error
+    return None
 
 
 def private_after(workspace: Workspace, plan: Plan) -> dict[str, Any] | None:
@@ -34,7 +81,23 @@ def private_after(workspace: Workspace, plan: Plan) -> dict[str, Any] | None:
     return outlook(workspace, load_configuration(workspace), newest, max(0, plan.target - newest))
 
 
-def _script(workspace: Workspace, name: str, *, later: int = 0, merges: bool = False) -> str:
+def scripts_of(workspace: Workspace, plan: Plan) -> dict[str, str]:
+    """The job script of each site's next run by its name, and that of a merge which a site makes."""
+    scripts = {name: script_of(workspace, name) for name in plan.sites}
+    if place := load_configuration(workspace).aggregation.aggregate_at:
+        scripts[f"{place}, merge"] = script_of(workspace, place, later=plan.sites.count(place), merges=True)
+    return scripts
+
+
+def write_scripts(folder: Path, scripts: dict[str, str]) -> list[Path]:
+    """Write the scripts into a private folder; their paths."""
+    written = {folder / f"{name.replace(', ', '-')}.sh": text for name, text in scripts.items()}
+    for path, text in written.items():
+        write_atomic(path, text.encode())
+    return list(written)
+
+
+def script_of(workspace: Workspace, name: str, *, later: int = 0, merges: bool = False) -> str:
     """The job script of the site's next run but `later`."""
     site, contact = load_profile(workspace, name), workspace.contact(name)
     work = VARIABLE.sub(lambda match: f"/_{match[1] or match[2]}_", site.storage.work.replace("~", "/_HOME_"))

@@ -1,11 +1,16 @@
 """What a campaign's records say, as data for people and programs: status, round and tick."""
 
 import time
+from contextlib import suppress
 from typing import Any
 
+from flctl.campaign.budget import standing, used_by
+from flctl.campaign.config import load_profile
+from flctl.campaign.contacts import hold_of, outlives
 from flctl.campaign.gates import warnings_of
 from flctl.campaign.privacy import shown
 from flctl.campaign.workspace import Workspace
+from flctl.errors import ConfigurationError
 from flctl.records import Contact, Run, Stage, Work, to_data
 
 
@@ -20,12 +25,14 @@ def run_row(run: Run, contact: Contact) -> dict[str, Any]:
         "base": run.order.base,
         "round": run.order.round,
         "stage": run.stage,
-        "held": to_data(run.held or (contact.held if run.open else None)),
+        "held": to_data(run.held or (hold_of(contact) if run.open else None)),
         "job_id": job.id,
         "steps": given.steps if given else None,
         "samples": given.samples if given else None,
         "queue_seconds": _between(job.claimed_at, job.started_at),
         "train_seconds": _between(job.started_at, job.ended_at),
+        "estimated_start": job.expected_start if run.open else None,
+        "node_hours": round(used_by(run), 6),
         "note": _note(run),
     }
 
@@ -37,9 +44,20 @@ def _between(begin: float | None, end: float | None) -> float | None:
 def _note(run: Run) -> str:
     if run.failure is not None:
         return run.failure.message
-    if run.open and run.job.state:
-        return f"{run.job.state}{': ' + run.job.reason if run.job.reason not in ('', 'None') else ''}"
-    return ""
+    if not run.open or not run.job.state:
+        return ""
+    words = [run.job.state + (f": {run.job.reason}" if run.job.reason not in ("", "None") else "")]
+    if run.job.never:
+        words.append("can never run")
+    if run.job.expected_start is not None:
+        words.append(f"estimated start {clock(run.job.expected_start)}")
+    return ", ".join(words)
+
+
+def clock(moment: float) -> str:
+    """A moment on this machine's clock, with the day unless it is today's."""
+    then, now = time.localtime(moment), time.localtime()
+    return time.strftime("%H:%M" if then[:3] == now[:3] else "%Y-%m-%d %H:%M", then)
 
 
 def summary(workspace: Workspace, runs: tuple[Run, ...]) -> dict[str, Any]:
@@ -57,8 +75,19 @@ def summary(workspace: Workspace, runs: tuple[Run, ...]) -> dict[str, Any]:
             "warnings": warnings_of(record),
             "privacy": shown(record),
         },
+        "node_hours": standing(workspace),
+        "logins": {site: _logins(workspace, site, runs) for site in workspace.profiles},
         "runs": [run_row(run, contacts[run.site]) for run in ordered],
     }
+
+
+def _logins(workspace: Workspace, site: str, runs: tuple[Run, ...]) -> dict[str, Any]:
+    """How often a site was logged in to for this campaign, when last, and until when what that used is good."""
+    contact, warning = workspace.contact(site), ""
+    with suppress(ConfigurationError):
+        its = [run for run in runs if run.site == site]
+        warning = outlives(contact, load_profile(workspace, site), its, time.time())
+    return {"count": contact.logins, "last": contact.login_at, "until": contact.login_until, "warning": warning}
 
 
 def progress(workspace: Workspace, *, done: bool) -> dict[str, Any]:
@@ -79,7 +108,7 @@ def waiting(workspace: Workspace, runs: tuple[Run, ...]) -> list[dict[str, Any]]
                     "stage": run.stage,
                     "since": run.changed_at,
                     "due": contact.due or None,
-                    "held": to_data(run.held or contact.held),
+                    "held": to_data(run.held or hold_of(contact)),
                     "trouble": contact.trouble.message if contact.trouble else None,
                 }
             )
@@ -102,7 +131,7 @@ def failed_runs(workspace: Workspace) -> list[Run]:
 
 def state_of(run: Run, contact: Contact) -> str:
     """What a site is doing, in words."""
-    held = run.held or contact.held
+    held = run.held or (hold_of(contact) if run.open else None)
     if held is not None:
         return f"HELD: {held.reason}"
     if contact.trouble is not None and run.open:

@@ -5,7 +5,8 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 
-from flctl.campaign.contacts import failure_of, is_held
+from flctl.campaign.budget import held_by_budget
+from flctl.campaign.contacts import failure_of, hold_of, is_held, remedy_of
 from flctl.campaign.engine import Engine
 from flctl.campaign.planning import is_open
 from flctl.campaign.report import failed_runs
@@ -120,8 +121,10 @@ def _explain(engine: Engine, decision: Decision | None) -> Errors:
     errors: Errors = [(run.site, run.failure) for run in failed_runs(workspace) if run.failure and not run.skipped]
     for run in workspace.runs():
         contact = workspace.contact(run.site)
-        if run.open and contact.held is not None:
+        if run.open and hold_of(contact) is not None:
             errors.append((run.site, _held(run.site, contact)))
+        elif run.open and run.held is not None:
+            errors.append((run.site, held_by_budget(run)))
         elif run.open and contact.trouble is not None:
             errors.append((run.site, contact.trouble))
     errors += [(site, failure) for site, failure in engine.errors if not site]
@@ -134,9 +137,8 @@ def _explain(engine: Engine, decision: Decision | None) -> Errors:
 
 def _held(site: str, contact: Contact) -> Failure:
     """Why a held site is not contacted, with what to do first where that is known."""
-    first = f"{contact.trouble.hint}; " if contact.trouble and "flctl release" not in contact.trouble.hint else ""
-    reason = contact.held.reason if contact.held else ""
-    return failure_of(LoginNeeded(f"HELD: {reason}", hint=f"{first}then flctl release {site}"))
+    held = hold_of(contact)
+    return failure_of(LoginNeeded(f"HELD: {held.reason if held else ''}", hint=remedy_of(site, contact)))
 
 
 def _lacking(workspace: Workspace, decision: Decision | None) -> Errors:
@@ -159,7 +161,9 @@ def tick_outcome(engine: Engine, decision: Decision | None) -> Outcome:
     done = plan is None or not is_open(workspace, plan) or (decision is not None and decision.done)
     new = {site for site, _ in engine.errors}
     contacts = {run.site: workspace.contact(run.site) for run in workspace.runs() if run.open}
-    held = [(site, _held(site, contact)) for site, contact in contacts.items() if contact.held and site not in new]
+    held = [(site, _held(site, contact)) for site, contact in contacts.items() if hold_of(contact) and site not in new]
+    waiting = [run for run in workspace.runs() if run.open and run.held and run.site not in new]
+    held += [(run.site, held_by_budget(run)) for run in waiting]
     return Outcome(done=done, errors=_unique(engine.errors), notes=[*held, *_lacking(workspace, decision)])
 
 
@@ -169,7 +173,7 @@ def _unique(errors: Errors) -> Errors:
 
 def _until_due(workspace: Workspace, waiting: list[Run], deadline: float | None) -> float:
     """Seconds to the next contact that is due, short enough to keep the view alive and to see other processes' work."""
-    records = [workspace.contact(run.site) for run in waiting]
+    records = [workspace.contact(run.site) for run in waiting if not is_held(run.held)]
     due = min((contact.due for contact in records if not is_held(contact.held)), default=time.time() + LONGEST_PAUSE)
     due -= time.time()
     if deadline is not None:

@@ -112,7 +112,7 @@ class Session:
         part = target.parent / f".{target.name}.part"
         total = sum(entry.size for entry in files)
         for entry in files:
-            self._journal("out", f"{target.relative_to(self.root)}/{entry.path}", entry)
+            self._journal("out", f"{self._named(target)}/{entry.path}", entry)
         self.connection.push(
             source,
             [entry.path for entry in files],
@@ -120,6 +120,7 @@ class Session:
             progress=lambda done: self.report(f"pushing {target.name}", done, total),
         )
         manifest = "".join(f"{entry.sha256}  {entry.path}\n" for entry in files)
+        # Their last line is no name of a file: it ends with a slash.
         names = "".join(f"{entry.path}\n" for entry in files)
         old = f"mv {quote(target)} {quote(part)}.old.$$" if aside else "false"
         # An interrupted push may have left temporary files behind: what the manifest does not name goes away.
@@ -127,7 +128,7 @@ class Session:
             f"cd {quote(part)} || exit 1\n"
             "sha256sum -c --quiet - >/dev/null <<'MANIFEST' || "
             f"{{ rm -rf {quote(part)}; exit 46; }}\n{manifest}MANIFEST\n"
-            f"names=$(cat <<'NAMES'\n{names}NAMES\n)\n"
+            f"names=$(cat <<'NAMES/'\n{names}NAMES/\n)\n"
             "find . ! -type d | while IFS= read -r path; do\n"
             '  printf \'%s\\n\' "$names" | grep -qxF -e "${path#./}" || rm -f "$path"\n'
             "done\n"
@@ -176,6 +177,10 @@ class Session:
     def note_moved(self, direction: Literal["in", "out"], path: str, entry: FileEntry) -> None:
         """Journal a file that crosses the border by other ways than place and bring."""
         self._journal(direction, path, entry)
+
+    def _named(self, folder: PurePosixPath) -> str:
+        """A folder of the site in the journal: what lies outside of the campaign's own folder has its whole path."""
+        return str(folder.relative_to(self.root) if folder.is_relative_to(self.root) else folder)
 
     def _journal(self, direction: str, path: str, entry: FileEntry) -> None:
         self.workspace.journal.append(

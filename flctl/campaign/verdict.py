@@ -2,7 +2,11 @@
 
 The completion record done.json is the only proof of success; the owner says whether the attempt ever started; the
 scheduler says what is still under way, and explains failures. A query that failed changes nothing, absence is not
-completion, and an end without a record counts only when seen twice, at least `absence` seconds apart.
+completion, and an end without a record counts only when seen twice, at least `absence` seconds apart; so does the
+scheduler's word that a job can never run.
+
+A job's `elapsed` is the scheduler's count. Where it forgot the job before it told, the completion record's start and
+end (the site's clock) are counted instead, and with neither the time from its start to the first look without it.
 """
 
 from dataclasses import dataclass, replace
@@ -48,7 +52,8 @@ def judge(run: Run, evidence: Evidence, *, now: float, absence: float, window: f
     seen = _of_this_attempt(run, evidence)
     job = _known(run.job, evidence, seen)
     if evidence.done is not None and _is_ours(run, evidence.done):
-        return _sealed(run, job, evidence.done, evidence.base_sha256)
+        told = seen is not None and seen.activity == Activity.ENDED and seen.elapsed is not None
+        return _sealed(run, job, evidence.done, evidence.base_sha256, counted=told)
     if _revoked(evidence.owner):
         return Verdict(stage=run.stage, job=job, revoke=True)
     if _refused(evidence, seen):
@@ -56,8 +61,7 @@ def judge(run: Run, evidence: Evidence, *, now: float, absence: float, window: f
     if evidence.seen is None:
         return Verdict(stage=_owned_stage(run, evidence), job=job)
     if seen is not None and seen.activity != Activity.ENDED:
-        stage = Stage.QUEUED if seen.activity == Activity.WAITING and evidence.owner is None else Stage.RUNNING
-        return Verdict(stage=stage, job=replace(job, absent_at=None))
+        return _alive(evidence, job, seen, now=now, absence=absence)
     return _gone(run, evidence, job, seen, now=now, absence=absence, window=window)
 
 
@@ -67,13 +71,24 @@ def _refused(evidence: Evidence, seen: Seen | None) -> bool:
     return evidence.refusal is not None and evidence.job_id is None and evidence.owner is None and unseen
 
 
+def _alive(evidence: Evidence, job: Job, seen: Seen, *, now: float, absence: float) -> Verdict:
+    """The job waits or runs, or waits for what will never be."""
+    waits = seen.activity == Activity.WAITING and evidence.owner is None
+    hopeless_since = (job.never_at or now) if waits and seen.never else None
+    job = replace(job, absent_at=None, never=seen.never if waits else "", never_at=hopeless_since)
+    stage = Stage.QUEUED if waits else Stage.RUNNING
+    return Verdict(stage=stage, job=job, revoke=hopeless_since is not None and now - hopeless_since >= absence)
+
+
 def _gone(
     run: Run, evidence: Evidence, job: Job, seen: Seen | None, *, now: float, absence: float, window: float
 ) -> Verdict:
     """The listing succeeded and no live job of this attempt is in it."""
     stage = _owned_stage(run, evidence)
     if job.absent_at is None:
-        return Verdict(stage=stage, job=replace(job, absent_at=now))
+        if seen is None and job.started_at is not None:
+            job = replace(job, elapsed=max(job.elapsed or 0.0, now - job.started_at))
+        return Verdict(stage=stage, job=replace(job, absent_at=now, never="", never_at=None))
     if now - job.absent_at < absence:
         return Verdict(stage=stage, job=job)
     never_seen = seen is None and evidence.owner is None
@@ -96,6 +111,9 @@ def after_revoking(
     if refusal:
         hint = f"correct sites/{run.site}.toml, then flctl retry {run.site}"
         return _failed(run, job, f"the scheduler refused the job: {refusal}", hint=hint)
+    if job.never:
+        hint = f"correct sites/{run.site}.toml, then flctl retry {run.site}"
+        return _failed(run, job, f"the scheduler says that job {job.id} can never run: {job.never}", hint=hint)
     if job.id is None:
         return _failed(run, job, "the job was never accepted by the scheduler", hint=f"flctl retry {run.site}")
     return _failed(run, job, f"job {job.id} ended before it started{words}", hint=f"flctl retry {run.site}")
@@ -131,6 +149,7 @@ def _known(job: Job, evidence: Evidence, seen: Seen | None) -> Job:
         reason=seen.reason,
         expected_start=seen.expected_start,
         expected_end=seen.expected_end,
+        elapsed=job.elapsed if seen.elapsed is None else seen.elapsed,
     )
 
 
@@ -159,8 +178,8 @@ def _is_ours(run: Run, done: dict[str, Any]) -> bool:
     )
 
 
-def _sealed(run: Run, job: Job, done: dict[str, Any], base_sha256: str) -> Verdict:
-    """The record speaks: done, or failed with its reason."""
+def _sealed(run: Run, job: Job, done: dict[str, Any], base_sha256: str, *, counted: bool = False) -> Verdict:
+    """The record speaks: done, or failed with its reason. `counted`: the scheduler told how long the ended job ran."""
     try:
         job = replace(
             job,
@@ -168,6 +187,9 @@ def _sealed(run: Run, job: Job, done: dict[str, Any], base_sha256: str) -> Verdi
             started_at=float(done["started_at"]),
             ended_at=float(done["ended_at"]),
         )
+        if not counted:
+            known = (job.absent_at is None and job.elapsed) or 0.0
+            job = replace(job, elapsed=max(known, float(done["ended_at"]) - float(done["started_at"])))
         if done["outcome"] != "done":
             words = f" (scheduler: {job.state})" if job.state and job.state != "COMPLETED" else ""
             hint = f"see flctl log {run.site}, then flctl retry {run.site}"

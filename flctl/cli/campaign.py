@@ -23,11 +23,15 @@ def start(
     steps: Annotated[int | None, typer.Option("--steps", min=1, help="Optimizer steps of each run.")] = None,
 ) -> None:
     """Write the plan. Ticks move it; nothing is contacted now."""
+    from flctl.campaign.config import load_configuration
+    from flctl.campaign.outlook import brief
     from flctl.campaign.planning import open_plan
 
     workspace = find(context.obj)
     plan = open_plan(workspace, sites or [], rounds, steps)
     print(f"plan: models {plan.first:04d} to {plan.target:04d} by {', '.join(plan.sites)}")
+    for line in brief(workspace, load_configuration(workspace), plan):
+        print(f"  {line}")
     print("-> flctl campaign tick, or put it into cron: flctl campaign cron")
 
 

@@ -17,9 +17,10 @@ def init(
     seed: Annotated[int, typer.Option("--seed", min=0, help="The campaign's seed.")] = 0,
 ) -> None:
     """Make a campaign: flctl.toml, site profiles, job templates, model 0000. Never overwrites."""
-    from flctl.campaign.creation import create, profiles_of, unfilled
+    from flctl.campaign.creation import create, unfilled
+    from flctl.campaign.profiles import texts_of
 
-    workspace = create(folder, profiles=profiles_of(sites), model=model, seed=seed)
+    workspace = create(folder, profiles=texts_of(sites), model=model, seed=seed)
     print(f"campaign {workspace.label} is in {workspace.root}")
     gaps = unfilled(workspace)
     if gaps:

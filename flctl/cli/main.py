@@ -11,7 +11,21 @@ from typing import Annotated, Any
 import typer
 
 from flctl import __version__
-from flctl.cli import aggregate, campaign, demo, export, init, interventions, round, site, status, verify
+from flctl.cli import (
+    aggregate,
+    auth,
+    campaign,
+    demo,
+    export,
+    init,
+    interventions,
+    login,
+    plan,
+    round,
+    site,
+    status,
+    verify,
+)
 from flctl.cli.output import print_error
 from flctl.errors import FlctlError, Interrupted, UsageError, defect
 
@@ -33,7 +47,10 @@ LISTS_OF = {"aggregate": {"--weights": NUMBER, "--steps": NUMBER, "--bases": Non
 HINTS = {"--sites": "--sites a b, --sites a,b or --sites all", "--option": "--option lr=0.1 dialect=paper"}
 WHOLE = frozenset({"--bases", "--option"})  # their words may hold commas
 CAMPAIGN_OPTIONS = frozenset({"-C", "--campaign"})
-JSON_COMMANDS = frozenset({"round", "status", "aggregate", "verify", "site test", "campaign tick"})
+JSON_COMMANDS = frozenset(
+    {"round", "plan", "status", "login", "aggregate", "verify", "campaign tick", "auth test"}
+    | {"site list", "site show", "site test", "site stage"}
+)
 
 
 @app.callback()
@@ -56,9 +73,10 @@ def flctl(
     context.obj = folder
 
 
-for module in (init, demo, round, status, interventions, aggregate, verify, export):
+for module in (init, demo, plan, round, status, login, interventions, aggregate, verify, export):
     module.register(app)
 app.add_typer(site.app, name="site")
+app.add_typer(auth.app, name="auth")
 app.add_typer(campaign.app, name="campaign")
 
 
@@ -123,8 +141,8 @@ def _json_command(arguments: list[str]) -> str:
     """The command that is to answer with one JSON object, or nothing."""
     if "--json" not in arguments:
         return ""
-    first = _first(_hoisted(arguments)[1])
-    return next((command for command in JSON_COMMANDS if command.split()[0] == first), "")
+    words = [word for word in _hoisted(arguments)[1] if not word.startswith("-")]
+    return next((command for command in JSON_COMMANDS if command.split() == words[: len(command.split())]), "")
 
 
 def main() -> None:

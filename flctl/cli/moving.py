@@ -7,20 +7,21 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn, TypeVar
 
 from flctl.campaign.workspace import Workspace
 from flctl.cli.output import print_json
-from flctl.errors import CodeSpent, Interrupted
+from flctl.errors import CodeSpent, Interrupted, LoginTooSoon
 from flctl.records import Failure
 
 if TYPE_CHECKING:
+    from flctl.campaign.access import Terminal
     from flctl.campaign.engine import Engine
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-CODE_PATIENCE = 65.0
+CODE_PATIENCE, INTERVAL_PATIENCE = 65.0, 3660.0
 T = TypeVar("T")
 
 
@@ -28,17 +29,30 @@ def find(folder: Path | None) -> Workspace:
     return Workspace.find(folder, os.environ, Path.cwd())
 
 
+def a_person() -> "Terminal | None":
+    """The terminal of whoever typed this command, for a program that asks them something; None if nobody is there, or
+    if the command was put into the background (`flctl round &`): what it asks could not be answered."""
+    with suppress(OSError):
+        if sys.stdin.isatty() and sys.stderr.isatty() and os.tcgetpgrp(sys.stdin.fileno()) == os.getpgrp():
+            return nullcontext
+    return None
+
+
 @contextmanager
 def moving(
-    workspace: Workspace, tell: Callable[[str], None] = lambda line: None, command: str = ""
+    workspace: Workspace,
+    tell: Callable[[str], None] = lambda line: None,
+    command: str = "",
+    terminal: "Terminal | None" = None,
 ) -> "Iterator[Engine]":
     """An engine for this process, which a signal stops in order. `command`: the name of a command that answers with
-    JSON."""
+    JSON; `terminal`: lends the terminal to a program that asks a person (None: nobody is there)."""
     from flctl.campaign.engine import Engine
 
     stop = threading.Event()
     with heeding(stop):
-        engine = Engine(workspace=workspace, runtime=Path(tempfile.mkdtemp(prefix="flctl-")), stop=stop, tell=tell)
+        runtime = Path(tempfile.mkdtemp(prefix="flctl-"))
+        engine = Engine(workspace=workspace, runtime=runtime, stop=stop, tell=tell, terminal=terminal)
         try:
             yield engine
         except Interrupted:
@@ -95,15 +109,17 @@ def leave(code: int) -> NoReturn:
 
 
 def patiently(action: "Callable[[], T]", stop: threading.Event) -> T:
-    """Do something that may need a fresh one-time code; wait for the next time step once if this one's is used."""
-    deadline = time.monotonic() + CODE_PATIENCE
+    """Do something that may need a fresh one-time code, or come too soon after another login: wait for the next time
+    step, or until the facility's interval is over."""
+    began = time.monotonic()
     while True:
         try:
             return action()
-        except CodeSpent as spent:
-            pause = spent.until - time.time() + 0.5
-            if time.monotonic() + pause > deadline:
+        except LoginTooSoon as early:
+            pause = early.until - time.time() + 0.5
+            patience = CODE_PATIENCE if isinstance(early, CodeSpent) else INTERVAL_PATIENCE
+            if time.monotonic() + pause > began + patience:
                 raise
-            print(f"flctl: {spent.message}; waiting {max(0.0, pause):.0f} s for the next", file=sys.stderr)
+            print(f"flctl: {early.message}; waiting {max(0.0, pause):.0f} s for the next", file=sys.stderr)
             if stop.wait(max(0.1, pause)):
-                raise Interrupted("interrupted") from spent
+                raise Interrupted("interrupted") from early

@@ -3,12 +3,14 @@
 import re
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Annotated, TextIO
 
 import typer
 
 from flctl.campaign.workspace import Workspace
-from flctl.cli.moving import find, leave, moving
+from flctl.cli.moving import a_person, find, leave, moving
 from flctl.cli.output import Grid, console, number, print_failures, print_json, say
 from flctl.errors import UsageError
 from flctl.records import Plan
@@ -47,6 +49,8 @@ def round_(
 
 def run_round(workspace: Workspace, plan: Plan, wait: float | None, *, json: bool = False) -> int:
     """Drive the open plan to its end with a view of it. Returns the exit code."""
+    from flctl.campaign.config import load_configuration
+    from flctl.campaign.outlook import brief
     from flctl.campaign.report import progress
     from flctl.campaign.rounds import drive
 
@@ -54,9 +58,12 @@ def run_round(workspace: Workspace, plan: Plan, wait: float | None, *, json: boo
     stream = sys.stderr if json else sys.stdout
     first = workspace.newest_model().version
     lines = View(workspace, stream if not live else None)
-    with moving(workspace, lines.tell, "round" if json else "") as engine:
+    lend = lines.lend if a_person() else None
+    with moving(workspace, lines.tell, "round" if json else "", terminal=lend) as engine:
         lines.engine = engine
         with lines:
+            for line in brief(workspace, load_configuration(workspace), plan):
+                lines.tell(line)
             outcome = drive(engine, plan, wait=wait, pause=engine.stop.wait)
     if json:
         data = progress(workspace, done=outcome.done)
@@ -96,6 +103,18 @@ class View:
             self._live.console.print(stamped, markup=False)
         else:
             say(stamped, self.stream)
+
+    @contextmanager
+    def lend(self) -> Iterator[None]:
+        """Leave the terminal to a program that asks something."""
+        if self._live is None:
+            yield
+            return
+        self._live.stop()
+        try:
+            yield
+        finally:
+            self._live.start()
 
     def _table(self) -> "Table":
         from flctl.campaign.report import ago, state_of

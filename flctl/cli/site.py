@@ -1,33 +1,44 @@
-"""`flctl site test | trust`: is a site ready, is its host the right one."""
+"""`flctl site`: profiles, whether a site is ready, whether its host is the right one."""
 
 from functools import partial
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from flctl.cli.moving import find, moving, patiently
+from flctl.cli import profiles, stage
+from flctl.cli.moving import a_person, find, moving, patiently
 from flctl.cli.output import Grid, print_failures, print_json
 
 if TYPE_CHECKING:
     from flctl.campaign.trial import SiteReport
 
 app = typer.Typer(
-    help="Sites: test a login and what it finds; trust a host key.", no_args_is_help=True, rich_markup_mode=None
+    help="Sites: their profiles; test a login and what it finds; trust a host key.",
+    no_args_is_help=True,
+    rich_markup_mode=None,
 )
+profiles.register(app)
+stage.register(app)
 
 
 @app.command()
 def test(
     context: typer.Context,
     names: Annotated[list[str] | None, typer.Argument(metavar="[NAME]...", help="Default: every site.")] = None,
+    batch: Annotated[bool, typer.Option("--batch", help="Also see in a tiny job what jobs find there.")] = False,
+    wait: Annotated[str, typer.Option("--wait", help="For the tiny job, at most: 90, 45s, 30m.")] = "10m",
     json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
 ) -> None:
-    """Log in to each site once and check what a round will need there. Submits nothing."""
+    """Log in to each site once and check what a round will need there. Submits nothing, unless --batch is given."""
     from flctl.campaign.trial import examine, outcome
+    from flctl.cli.round import duration
 
-    workspace = find(context.obj)
-    with moving(workspace, command="site test" if json else "") as engine:
-        results = [patiently(partial(examine, engine, name), engine.stop) for name in names or workspace.profiles]
+    workspace, patience = find(context.obj), duration(wait) if batch else None
+    with moving(workspace, command="site test" if json else "", terminal=a_person()) as engine:
+        results = [
+            patiently(partial(examine, engine, name, batch=patience), engine.stop)
+            for name in names or workspace.profiles
+        ]
     status, code, errors = outcome(results)
     if json:
         from flctl.records import to_data
@@ -42,10 +53,11 @@ def test(
 def _print(results: "list[SiteReport]") -> None:
     marks = {"ok": "ok", "warn": "WARN", "fail": "FAIL"}
     for result in results:
-        grid = Grid(("check", "", "found"), title=f"{result.site} ({result.logins} logins)")
+        grid = Grid(("check", "", "found"), title=f"\n{result.site}")
         for check in result.checks:
             grid.add(check.name, marks[check.result], check.detail + (f"\n-> {check.fix}" if check.fix else ""))
         grid.show()
+        print(result.count)
 
 
 @app.command()

@@ -1,5 +1,6 @@
 """`flctl status`: what the records say."""
 
+import time
 from typing import Annotated, Any
 
 import typer
@@ -34,8 +35,9 @@ def status(
 
 
 def _print(workspace: Workspace, runs: tuple[Run, ...], data: dict[str, Any], everything: bool) -> None:
+    from flctl.campaign.contacts import hold_of, remedy_of
     from flctl.campaign.privacy import line
-    from flctl.campaign.report import ago, failed_runs, state_of
+    from flctl.campaign.report import ago, clock, failed_runs, state_of
 
     model, plan = data["model"], workspace.plan()
     print(f"campaign {workspace.label} in {workspace.root}")
@@ -73,6 +75,19 @@ def _print(workspace: Workspace, runs: tuple[Run, ...], data: dict[str, Any], ev
             print(f"  -> flctl retry {run.site}, or {other}")
     contacts = {site: workspace.contact(site) for site in workspace.profiles}
     for site, contact in contacts.items():
-        if contact.held is not None:
-            print(f"{site} is HELD: {contact.held.reason}\n  -> put it right, then flctl release {site}")
+        if held := hold_of(contact):
+            print(f"{site} is HELD: {held.reason}\n  -> {remedy_of(site, contact)}")
+    for site, row in data["logins"].items():
+        if row["until"] is not None and row["until"] > time.time() and not hold_of(contacts[site]):
+            print(f"{site}: logged in until {clock(row['until'])}")
+        if row["warning"]:
+            print(row["warning"])
+    for run in runs:
+        if run.open and run.held is not None:
+            print(f"{run.site}: run {run.number:04d} is HELD: {run.held.reason}\n  -> flctl release {run.site}")
+    for row in data["node_hours"]:
+        if row["used"] or row["max"]:
+            limit = f" of {row['max']:.4g}" if row["max"] else ""
+            figures = f"{row['used']:.4g} used{limit}, {row['reserved']:.4g} reserved"
+            print(f"node-hours, {row['site'] or 'all sites'}: {figures}")
     print("logins so far: " + ", ".join(f"{site} {contact.logins}" for site, contact in contacts.items()))

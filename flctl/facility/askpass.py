@@ -14,7 +14,7 @@ def main(address: str, question: str) -> int:
         link.connect(address)
         link.sendall(question.encode("utf-8", "surrogateescape"))
         link.shutdown(socket.SHUT_WR)
-        answer = link.recv(64)
+        answer = link.recv(4096)
     sys.stdout.buffer.write(answer)
     return 0 if answer else 1
 

@@ -1,6 +1,7 @@
 """Owns proving who we are to a host that is known: keys first, then one answer to each question it may ask."""
 
 import time
+from collections.abc import Callable
 
 import paramiko
 
@@ -9,31 +10,57 @@ from flctl.facility.codes import Answers
 from flctl.facility.openssh import login_place, printable, unreachable
 from flctl.facility.profile import Site
 from flctl.facility.wire import AUTH_TIMEOUT, Wire
+from flctl.facility.witness import Witness
+
+ASKING = ("keyboard-interactive", "password")
+"""Methods by which a server asks, in the order of preference."""
+
+STEPS_MOST = 4
+"""Methods that one login may take one after the other."""
 
 
-def authenticate(wire: Wire, site: Site, keys: list[paramiko.PKey], answers: Answers | None) -> None:
-    further = _offer_keys(wire, site, keys)
-    if not further:
-        return
-    if answers is None or "keyboard-interactive" not in further:
-        raise LoginNeeded(
-            f"{site.login.host} took the key and wants more: {printable(', '.join(further))}",
-            hint=f'if it asks for a one-time code, login.kind in sites/{site.name}.toml is "key+totp"',
-            site=site.name,
-        )
-    _give_code(wire, site, answers)
+def authenticate(wire: Wire, site: Site, keys: list[paramiko.PKey], answers: Answers | None, witness: Witness) -> None:
+    """Offer the keys, if the kind of login has any; then answer what the server asks."""
+    further = _offer_keys(wire, site, keys, witness) if keys else _methods(wire, site)
+    for _ in range(STEPS_MOST):
+        if not further:
+            return
+        method = next((name for name in _may_answer(site) if name in further), "")
+        if answers is None or not method:
+            break
+        further = _answer(wire, site, answers, method)
+    raise _wants_more(site, further, bool(keys), answers)
 
 
-def _offer_keys(wire: Wire, site: Site, keys: list[paramiko.PKey]) -> list[str]:
+def _may_answer(site: Site) -> tuple[str, ...]:
+    """The method "password" sends its answer unasked: only where that is what logs in."""
+    return ASKING[:1] if site.login.kind == "key+totp" else ASKING
+
+
+def _methods(wire: Wire, site: Site) -> list[str]:
+    """What the server offers to one who has no key; empty if it lets anybody in."""
+    try:
+        return list(wire.auth_none(site.login.user))
+    except paramiko.BadAuthenticationType as error:
+        return list(error.allowed_types)
+    except (paramiko.SSHException, EOFError, OSError) as error:
+        raise unreachable(site, login_place(site), error) from error
+
+
+def _offer_keys(wire: Wire, site: Site, keys: list[paramiko.PKey], witness: Witness) -> list[str]:
     """What the server wants besides the key: empty if it lets us in."""
     began = time.monotonic()
     for key in keys:
+        blob = key.public_blob or paramiko.pkey.PublicBlob(key.get_name(), key.asbytes())
         try:
-            return list(wire.auth_publickey(site.login.user, key))
+            further = list(wire.auth_publickey(site.login.user, key))
+            witness.note_offer(blob.key_type, blob.key_blob, accepted=True)
+            return further
         except (paramiko.AuthenticationException, paramiko.SSHException, EOFError, OSError) as error:
             refused = isinstance(error, paramiko.AuthenticationException) and wire.is_active()
             if not (refused or wire.farewell) or time.monotonic() - began > AUTH_TIMEOUT:
                 raise unreachable(site, login_place(site), error) from error
+            witness.note_offer(blob.key_type, blob.key_blob, accepted=False)
             if wire.farewell:
                 break
     what = "certificate" if site.login.kind == "certificate" else "key"
@@ -46,14 +73,23 @@ def _offer_keys(wire: Wire, site: Site, keys: list[paramiko.PKey]) -> list[str]:
     )
 
 
-def _give_code(wire: Wire, site: Site, answers: Answers) -> None:
-    def handler(title: str, instructions: str, prompts: list[tuple[str, bool]]) -> list[str]:
+def _answer(wire: Wire, site: Site, answers: Answers, method: str) -> list[str]:
+    """Go through one method; what the server wants after it."""
+
+    def ask(title: str, instructions: str, prompts: list[tuple[str, bool]]) -> list[str]:
         # PAM sends rounds without a question, for messages and after every success.
         return [answers.answer(question, f"{title} {instructions}") for question, _ in prompts]
 
+    if method == "password":
+        password = answers.answer("Password:")
+        return _tried(wire, site, answers, lambda: wire.auth_password(site.login.user, password, fallback=False))
+    return _tried(wire, site, answers, lambda: wire.auth_interactive(site.login.user, ask))
+
+
+def _tried(wire: Wire, site: Site, answers: Answers, attempt: Callable[[], list[str]]) -> list[str]:
     began = time.monotonic()
     try:
-        further = wire.auth_interactive(site.login.user, handler)
+        return list(attempt())
     except Exception as error:
         if answers.refusal is not None:
             raise answers.refusal from None
@@ -62,26 +98,39 @@ def _give_code(wire: Wire, site: Site, answers: Answers) -> None:
             if isinstance(error, (paramiko.SSHException, EOFError, OSError)):
                 raise unreachable(site, login_place(site), error) from error
             raise
-        raise _code_refused(site, answers, wire.farewell) from None
-    if further:
-        raise LoginNeeded(
-            f"{site.login.host} took key and code and wants more: {printable(', '.join(further))}",
-            hint="log in by hand once to see what it wants",
-            site=site.name,
-        )
+        raise _refused(site, answers, wire.farewell) from None
 
 
-def _code_refused(site: Site, answers: Answers, farewell: str) -> LoginNeeded:
-    if not answers.sent:
+def _refused(site: Site, answers: Answers, farewell: str) -> LoginNeeded:
+    name, login = site.name, site.login
+    if not answers.given:
         return LoginNeeded(
-            f"{site.login.host} refused the login without asking for a code"
+            f"{login.host} refused the login without asking for a code"
             + (f": {farewell}" if farewell else "; it does that after too many logins in a short time"),
-            hint=f"wait some minutes, then flctl release {site.name}",
+            hint=f"wait some minutes, then flctl release {name}",
+            site=name,
+        )
+    keys = [f"login.{'totp' if kind == 'code' else kind}.secret" for kind in answers.kinds]
+    return LoginNeeded(
+        f"{login.host} refused the {answers.given}; it is not tried again by itself",
+        hint=f"is this machine's clock right, is {' and '.join(keys)} in sites/{name}.toml that of {login.user}? "
+        f"Log in by hand once; then flctl release {name}",
+        site=name,
+    )
+
+
+def _wants_more(site: Site, further: list[str], keyed: bool, answers: Answers | None) -> LoginNeeded:
+    taken = [*(["key"] if keyed else []), *([answers.given] if answers and answers.given else [])]
+    wants = printable(", ".join(further))
+    if not taken:
+        return LoginNeeded(
+            f"{site.login.host} lets nobody in by a question: it wants {wants}",
+            hint=f"set login.kind in sites/{site.name}.toml to what it wants; then flctl release {site.name}",
             site=site.name,
         )
+    hint = "log in by hand once to see what it wants"
+    if answers is None:
+        hint = f'if it asks for a one-time code, login.kind in sites/{site.name}.toml is "key+totp"'
     return LoginNeeded(
-        f"{site.login.host} refused the one-time code; it is not tried again by itself",
-        hint=f"is this machine's clock right, is login.totp.secret in sites/{site.name}.toml that of "
-        f"{site.login.user}? Log in by hand once; then flctl release {site.name}",
-        site=site.name,
+        f"{site.login.host} took the {' and '.join(taken)} and wants more: {wants}", hint=hint, site=site.name
     )

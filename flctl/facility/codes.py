@@ -1,31 +1,34 @@
-"""Owns one-time codes: the reference to their secret, RFC 6238, and which question of a server gets one."""
+"""Owns one-time codes and passwords: RFC 6238, and which question of a server gets which answer, each once."""
 
 import base64
-import os
 import re
-import shlex
-import signal
-import stat
-import subprocess
-import threading
 import time
 import urllib.parse
-from contextlib import suppress
 from dataclasses import dataclass, field
-from pathlib import Path
+from typing import Literal
 
 from flctl.errors import CodeSpent, ConfigurationError, FlctlError, LoginNeeded
-from flctl.facility import ledger
-from flctl.facility.openssh import expand, printable
+from flctl.facility import fields, ledger
+from flctl.facility.openssh import printable
 from flctl.facility.profile import Site, Totp
+from flctl.facility.references import read_reference
 
-COMMAND_TIMEOUT = 30.0
 SHORTEST = 10
 """Bytes of the shortest secret: 80 bits, which RFC 4226 calls too short and several facilities use."""
 
-_taken: dict[str, str] = {}
-"""Secrets read from environment variables, which are removed there so that no child inherits them."""
-_taking = threading.Lock()
+Given = Literal["password", "code"]
+
+BARE = re.compile(r"(?i)^(?:\S+@\S+'s )?(?:enter )?(?:your )?(?:password|passcode)\s*[:>]?$")
+"""How a server that asks for nothing but a code may ask for it; "me@host's password:" is OpenSSH's own question for the
+method "password"."""
+
+COMBINED = re.compile(r"(?i)password\s*(?:&|and|\+)\s*(?:verification code|(?:one[- ]time )?(?:pass)?code|otp|token)")
+"""One question for the password with the code right after it, as pam_google_authenticator asks ("forward_pass")."""
+
+CHANGE = re.compile(r"(?i)\b(?:new|retype|repeat|current|old|expired|chang\w*)\b.*\b(?:password|pin)\b")
+"""A question of a change of password, which is never answered, whatever a profile's pattern matches."""
+
+_WORDS: dict[Given, str] = {"password": "password", "code": "one-time code"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,49 +54,135 @@ class Secret:
         return totp.generate(at).decode("ascii")
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Exchange:
+    """A question of a server, as one printable line, and the kinds of what it was given; never the words themselves."""
+
+    question: str
+    given: tuple[Given, ...] = ()
+
+
 class Answers:
-    """Answers the questions of one login with one code at most. `refusal` says why a question was not answered."""
+    """Answers the questions of one login: the password once, one code once. `refusal` says why a question was not
+    answered; `dialogue` what was asked so far."""
 
     def __init__(self, site: Site) -> None:
-        """ConfigurationError if codes may not be automated here or the secret cannot be had; CodeSpent if the present
-        code is used already (no connection need be made then)."""
+        """LoginNeeded (not attempted) where a person must answer; ConfigurationError if a secret cannot be had;
+        CodeSpent if the present code is used already. No connection need be made then."""
+        _refuse_attended(site)
         self.site = site
-        self.secret = secret_of(site)
-        self.sent = False
         self.refusal: FlctlError | None = None
+        self.dialogue: list[Exchange] = []
+        self._given: set[Given] = set()
+        self._secret = secret_of(site)
         try:
-            ledger.check(self.secret.key, self.secret.period)
+            ledger.check(self._secret.key, self._secret.period)
         except CodeSpent as spent:
             spent.site = site.name
             raise
+        self._password = password_of(site)
+
+    @property
+    def sent(self) -> bool:
+        """Whether a code was sent."""
+        return "code" in self._given
+
+    @property
+    def kinds(self) -> list[Given]:
+        """What was sent so far."""
+        return [kind for kind in _WORDS if kind in self._given]
+
+    @property
+    def given(self) -> str:
+        """The same in words."""
+        return " and ".join(_WORDS[kind] for kind in self.kinds)
 
     def answer(self, question: str, context: str = "") -> str:
-        """The code, if the question asks for it; else LoginNeeded, with the server's words. CodeSpent if another
-        process took the code meanwhile."""
+        """The password or the code, if the question asks for it; else LoginNeeded, with the server's words. CodeSpent
+        if another process took the code meanwhile."""
+        words = printable(f"{context} {question}")
         try:
-            return self._answer(question, context)
+            wanted = self._wanted(question.strip(), words)
+            given = "".join(self._give(kind) for kind in wanted)
         except FlctlError as error:
+            self.dialogue.append(Exchange(question=words))
             error.site = self.site.name
             self.refusal = error
             raise
+        self.dialogue.append(Exchange(question=words, given=wanted))
+        return given
 
-    def _answer(self, question: str, context: str) -> str:
-        words = printable(f"{context} {question}")
-        if self.sent:
+    def _wanted(self, question: str, words: str) -> tuple[Given, ...]:
+        wanted = wanted_by(question, self.site)
+        release = f"then flctl release {self.site.name}"
+        if CHANGE.search(question):
             raise LoginNeeded(
-                f"the one-time code was not enough: the site asked again, {words!r}",
-                hint=f"log in by hand once to see what it wants, then flctl release {self.site.name}",
+                f"the site asks for a change of the password, {words!r}; nothing was answered",
+                hint=f"log in by hand and change it; {release}",
             )
-        if not re.search(self.site.login.totp.prompt, question.strip()):
+        if self._given.intersection(wanted) or (self.sent and not wanted):
             raise LoginNeeded(
-                f"the site asked {words!r}, which is not the question for a one-time code; nothing was answered",
-                hint=f"if it is that question, set login.totp.prompt in sites/{self.site.name}.toml; "
-                f"then flctl release {self.site.name}",
+                f"the {self.given} {'was' if len(self._given) == 1 else 'were'} not enough: the site asked again, "
+                f"{words!r}",
+                hint=f"log in by hand once to see what it wants, {release}",
             )
+        if not wanted:
+            both = self.site.login.kind == "password+totp"
+            asked, keys = (
+                ("a password or a", "login.password.prompt or login.totp.prompt")
+                if both
+                else ("a", "login.totp.prompt")
+            )
+            raise LoginNeeded(
+                f"the site asked {words!r}, which is not the question for {asked} one-time code; nothing was answered",
+                hint=f"if it is that question, set {keys} in sites/{self.site.name}.toml; {release}",
+            )
+        return wanted
+
+    def _give(self, kind: Given) -> str:
+        if kind == "password":
+            self._given.add(kind)
+            password, self._password = self._password, ""
+            return password
         moment = time.time()
-        ledger.spend(self.secret.key, self.secret.period, now=moment)
-        self.sent = True
-        return self.secret.code(moment)
+        ledger.spend(self._secret.key, self._secret.period, now=moment)
+        self._given.add(kind)
+        return self._secret.code(moment)
+
+
+def wanted_by(question: str, site: Site) -> tuple[Given, ...]:
+    """What a question asks for, by the profile's patterns. A question that both match asks for a code: "One-time
+    password". Where the code is all that is ever asked for, and the profile has no pattern of its own, a bare
+    "Password:" asks for it as well."""
+    login = site.login
+    if login.kind == "password+totp" and COMBINED.search(question):
+        return ("password", "code")
+    if re.search(login.totp.prompt, question):
+        return ("code",)
+    if login.kind == "totp" and login.totp.prompt == fields.CODE_PROMPT and BARE.search(question):
+        return ("code",)
+    if login.kind == "password+totp" and re.search(login.password.prompt, question):
+        return ("password",)
+    return ()
+
+
+def _refuse_attended(site: Site) -> None:
+    """A person can log in only where the connection may be kept; where neither person nor program can, the profile is
+    to be changed."""
+    name, login = site.name, site.login
+    if not login.attended:
+        return
+    why, store = "only a person can answer its questions", ""
+    if login.kind != "attended":
+        why = "the profile does not say that the facility permits automating it"
+        store = f"; or, where the facility permits it, flctl auth store {name}"
+    what = f"logging in costs a code, and {why}"
+    if not login.hold:
+        hint = f"where the facility allows to keep a connection, set login.hold in sites/{name}.toml{store}"
+        raise ConfigurationError(what, hint=hint, site=name)
+    error = LoginNeeded(what, hint=f"flctl login {name}{store}", site=name)
+    error.attempted = False
+    raise error
 
 
 def secret_of(site: Site) -> Secret:
@@ -101,7 +190,7 @@ def secret_of(site: Site) -> Secret:
     totp = site.login.totp
     if totp.automation != "permitted" or not totp.permission:
         raise ConfigurationError(
-            "logging in costs a one-time code, and the profile does not say that the facility permits automating it",
+            "logging in costs a one-time code, and the profile does not say where the facility permits automating it",
             hint=f'ask the facility; then set login.totp in sites/{site.name}.toml: automation = "permitted", '
             "permission (where it says so) and secret",
             site=site.name,
@@ -109,22 +198,25 @@ def secret_of(site: Site) -> Secret:
     try:
         return parse_secret(read_reference(totp.secret), totp)
     except ConfigurationError as error:
-        error.site = site.name
-        error.hint = error.hint or f"see login.totp.secret in sites/{site.name}.toml"
-        raise
+        raise _placed(error, site, "login.totp.secret") from None
 
 
-def read_reference(reference: str) -> str:
-    """The text that a reference stands for: command:, file:, env:, keyring:."""
-    kind, _, rest = reference.partition(":")
-    rest = rest.strip()
-    sources = {"command": _from_command, "file": _from_file, "env": _from_environment, "keyring": _from_keyring}
-    if kind not in sources or not rest:
-        raise ConfigurationError(
-            "login.totp.secret is not a reference to a secret",
-            hint="write command:PROGRAM ARGS, file:PATH, env:NAME or keyring:SERVICE/USER",
-        )
-    return sources[kind](rest)
+def password_of(site: Site) -> str:
+    """The password that the site's profile refers to; empty where none is ever asked for."""
+    if site.login.kind != "password+totp":
+        return ""
+    try:
+        return read_reference(site.login.password.secret)
+    except ConfigurationError as error:
+        raise _placed(error, site, "login.password.secret") from None
+
+
+def _placed(error: ConfigurationError, site: Site, key: str) -> ConfigurationError:
+    """The error with where it belongs; a reference that is none says how one is written."""
+    error.message = f"{key}: {error.message}"
+    error.hint = error.hint or f"see {key} in sites/{site.name}.toml"
+    error.site = site.name
+    return error
 
 
 def parse_secret(text: str, totp: Totp) -> Secret:
@@ -145,7 +237,7 @@ def parse_secret(text: str, totp: Totp) -> Secret:
     except ValueError:
         key = b""
     if len(key) < SHORTEST:
-        raise ConfigurationError("what the reference gives is neither a base32 secret nor an otpauth:// address")
+        raise ConfigurationError("the secret is neither base32 nor an otpauth:// address")
     algorithm = values["algorithm"].upper().replace("-", "")
     digits, period = values["digits"], values["period"]
     if (
@@ -155,97 +247,3 @@ def parse_secret(text: str, totp: Totp) -> Secret:
     ):
         raise ConfigurationError("the otpauth:// address asks for a kind of code that flctl does not know")
     return Secret(key=key, digits=int(digits), algorithm=algorithm, period=max(1, int(period)))
-
-
-def _from_command(command: str) -> str:
-    try:
-        argv = shlex.split(command)
-    except ValueError as error:
-        raise ConfigurationError(f"the secret's command cannot be read: {error}") from None
-    try:
-        # Its standard error is dropped: password programs print secrets there when they fail.
-        child = subprocess.Popen(
-            argv,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            start_new_session=True,
-        )
-    except OSError as error:
-        raise ConfigurationError(f"the secret's program {argv[0]} cannot be run: {error.strerror}") from None
-    with child:
-        try:
-            output, _ = child.communicate(timeout=COMMAND_TIMEOUT)
-        except subprocess.TimeoutExpired:
-            raise ConfigurationError(
-                f"the secret's program {argv[0]} did not answer within {COMMAND_TIMEOUT:.0f} s",
-                hint="it must not ask anything: unlock its store first",
-            ) from None
-        finally:
-            with suppress(ProcessLookupError):
-                os.killpg(child.pid, signal.SIGKILL)
-    lines = output.decode("utf-8", "replace").strip().splitlines()
-    if child.returncode != 0 or not lines:
-        raise ConfigurationError(
-            f"the secret's program {argv[0]} gave no secret (exit status {child.returncode})",
-            hint="run it by hand to see why",
-        )
-    return lines[0]
-
-
-def _from_file(name: str) -> str:
-    path = expand(name)
-    try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
-    except OSError as error:
-        reason = "it is a symbolic link" if path.is_symlink() else error.strerror
-        raise ConfigurationError(f"the secret's file {path} cannot be read: {reason}") from None
-    with os.fdopen(descriptor, "rb") as stream:
-        found, parent = os.fstat(stream.fileno()), path.parent.stat()
-        if not stat.S_ISREG(found.st_mode):
-            raise ConfigurationError(f"the secret's file {path} is not a regular file")
-        if found.st_uid != os.geteuid() or stat.S_IMODE(found.st_mode) & 0o077 or found.st_nlink != 1:
-            raise ConfigurationError(
-                f"the secret's file {path} must belong to you, have one name, and be closed to everybody else",
-                hint=f"chmod 600 {path}; if others could read it until now, enrol a new secret",
-            )
-        if parent.st_mode & stat.S_IWOTH and not parent.st_mode & stat.S_ISVTX:
-            raise ConfigurationError(f"anybody may replace the secret's file {path}", hint=f"chmod o-w {path.parent}")
-        return _text_of(stream.read(65536), path)
-
-
-def _text_of(content: bytes, path: Path) -> str:
-    lines = content.decode("utf-8", "replace").strip().splitlines()
-    if not lines:
-        raise ConfigurationError(f"the secret's file {path} is empty")
-    return lines[0]
-
-
-def _from_environment(name: str) -> str:
-    with _taking:
-        if value := os.environ.pop(name, ""):
-            _taken[name] = value
-        if name not in _taken:
-            raise ConfigurationError(f"the environment variable {name}, which should hold the secret, is not set")
-        return _taken[name]
-
-
-def _from_keyring(name: str) -> str:
-    service, _, user = name.rpartition("/")
-    try:
-        import keyring
-        import keyring.errors
-    except ImportError:
-        raise ConfigurationError(
-            "the secret is in a keyring, and Python's keyring package is not installed",
-            hint="python -m pip install 'flctl[keyring]'",
-        ) from None
-    try:
-        value = keyring.get_password(service, user)
-    except keyring.errors.KeyringError as error:
-        raise ConfigurationError(
-            f"the keyring did not give the secret of {name}: {type(error).__name__}", hint="unlock it first"
-        ) from None
-    if not value:
-        raise ConfigurationError(f"the keyring holds no secret for {name} (it is written keyring:SERVICE/USER)")
-    return str(value)

@@ -6,20 +6,21 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any, Protocol
 
 from flctl.errors import HostKeyRefused, SiteUnreachable
 from flctl.facility import hostkeys
 from flctl.facility.hostkeys import HostKey
-from flctl.facility.openssh import jump_place, login_place, transfer_place, unreachable
+from flctl.facility.openssh import Place, jump_place, login_place, transfer_place, unreachable
 from flctl.facility.profile import Site
 from flctl.records import FileEntry
 
 if TYPE_CHECKING:
     import paramiko
 
-    from flctl.facility.transfer import Carrier
+    from flctl.facility.rsync import Carrier
 
 OUTPUT_MOST = 8 << 20
 """Bytes of output that are kept of a command; what comes after is read and dropped."""
@@ -39,13 +40,17 @@ class Output:
 class Road:
     """What a connection needs from its campaign. `runtime`: a private folder for sockets; `lock_fds` are inherited by
     every rsync child; `stop` is asked while files move: True ends rsync and raises Interrupted; `on_login` is called
-    once per authentication."""
+    once per authentication, with the host that let us in and what for (commands, files, jump host); `on_rsync`
+    hears which rsync the transfer host has, each time that files move; `sparing`: files go over the connection that
+    commands use wherever they can, more slowly but without a login of their own."""
 
     known_hosts: Path
     runtime: Path
     lock_fds: tuple[int, ...] = ()
     stop: Callable[[], bool] = lambda: False
-    on_login: Callable[[], None] = lambda: None
+    on_login: Callable[[Place, str], None] = lambda place, why: None
+    on_rsync: Callable[[str], None] = lambda version: None
+    sparing: bool = False
 
 
 class Connection(Protocol):
@@ -71,11 +76,17 @@ class Connection(Protocol):
 
 
 def connect(site: Site, road: Road) -> Connection:
-    """Log in, once; never waits for a fresh code (CodeSpent says when there will be one)."""
+    """Over the connection that a person has opened, if there is one; else log in, once. LoginNeeded where only a person
+    can; never waits for a fresh code (CodeSpent says when there will be one)."""
     if site.connection == "local":
         from flctl.facility.local import LocalConnection
 
         return LocalConnection(site, road)
+    if site.login.hold or site.login.kind == "attended":
+        from flctl.facility.over_kept import kept_connection
+
+        if kept := kept_connection(site, road):
+            return kept
     return SshConnection(site, road)
 
 
@@ -88,7 +99,7 @@ class SshConnection:
         self.site, self.road, self.lock_fds = site, road, road.lock_fds
         self.logins = 0
         self._counting = threading.Lock()
-        self._wire: paramiko.Transport = log_in(site, road.known_hosts, self._count)
+        self._wire: paramiko.Transport = log_in(site, road.known_hosts, partial(self._count, "commands"))
         self._fabric = _fabric_over(self._wire, site)
         self._carrier: Carrier | None = None
 
@@ -97,11 +108,11 @@ class SshConnection:
             return _run(self._fabric, script, timeout)
 
     def push(self, source: Path, names: Sequence[str], target: PurePosixPath, progress: Progress | None = None) -> None:
-        from flctl.facility import transfer
+        from flctl.facility import rsync, transfer
 
-        made = self.run(f"umask 077 && mkdir -p {shlex.quote(str(target))}")
+        made = self.run(f"umask 077 && mkdir -p {shlex.quote(str(rsync.remote(self.site, target)))}")
         if made.status != 0:
-            raise transfer.refusal(self.site, made.stderr, f"the folder {target} cannot be made there", ours=False)
+            raise rsync.refusal(self.site, made.stderr, f"the folder {target} cannot be made there", ours=False)
         transfer.push(self._road(), source, names, target, progress)
 
     def pull(
@@ -123,18 +134,17 @@ class SshConnection:
         from flctl.facility.over_ssh import OverSsh
 
         if self._carrier is None:
-            same_host = transfer_place(self.site) == login_place(self.site)
-            if self.site.login.kind == "key+totp" and same_host:
+            if shares(self.site, sparing=self.road.sparing):
                 self._carrier = OverConnection(self.site, self.road, self._wire)
             else:
-                self._carrier = OverSsh(self.site, self.road, self._count)
+                self._carrier = OverSsh(self.site, self.road, partial(self._count, "files"))
         self._carrier.lock_fds = self.lock_fds
         return self._carrier
 
-    def _count(self) -> None:
+    def _count(self, why: str, place: Place) -> None:
         with self._counting:
             self.logins += 1
-        self.road.on_login()
+        self.road.on_login(place, "jump host" if place == jump_place(self.site) else why)
 
     @contextlib.contextmanager
     def _lost(self) -> Iterator[None]:
@@ -146,6 +156,12 @@ class SshConnection:
             yield
         except (paramiko.SSHException, invoke.exceptions.ThreadException, EOFError, OSError) as error:
             raise unreachable(self.site, login_place(self.site), error, "does not answer any more") from error
+
+
+def shares(site: Site, *, sparing: bool = False) -> bool:
+    """Whether files go over the connection that commands use: where a login of its own would cost a code, or would come
+    too soon after the first, or is to be spared."""
+    return (site.login.coded or site.login.interval > 0 or sparing) and transfer_place(site) == login_place(site)
 
 
 def host_key(site: Site, known_hosts: Path) -> HostKey:

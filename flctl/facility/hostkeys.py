@@ -1,8 +1,10 @@
 """Owns host keys: which key of which host is trusted, and the campaign's known_hosts, which both roads read.
 
 A key is trusted if the campaign's file has it, or if the user's or the machine's own known_hosts has it, or the profile
-names its published fingerprint, or a certificate authority in one of these files vouches for it; the last three are
-then copied into the campaign's file. ssh-keygen reads the files: it knows hashed names, wildcards, ports and markers.
+names its published fingerprint; it is then copied into the campaign's file. It is also trusted while it comes with a
+certificate of an authority that one of these files names for the host (@cert-authority); the authority's line is copied
+then, and every connection judges the certificate anew. ssh-keygen reads the files: it knows hashed names, wildcards,
+ports and markers.
 """
 
 import base64
@@ -14,12 +16,13 @@ import re
 import subprocess
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TextIO
 
 from flctl.errors import ConfigurationError, HostKeyRefused
-from flctl.facility.openssh import CONNECT_TIMEOUT, Place, environment, quoted, ssh
+from flctl.facility.hostcertificates import objection
+from flctl.facility.openssh import Place, environment
 from flctl.facility.profile import Site
 
 SYSTEM_FILE = Path("/etc/ssh/ssh_known_hosts")
@@ -27,10 +30,11 @@ SYSTEM_FILE = Path("/etc/ssh/ssh_known_hosts")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HostKey:
-    """A host's public key: its type as known_hosts files name it, and its bytes."""
+    """A host's public key: its type as known_hosts files name it, its bytes, and the certificate that came with it."""
 
     kind: str
     blob: bytes
+    certificate: bytes = field(default=b"", compare=False, repr=False)
 
     @property
     def fingerprint(self) -> str:
@@ -62,42 +66,80 @@ def entries(path: Path, place: Place) -> tuple[Entry, ...]:
     return _find(path, place.name) or (_find(path, place.host) if place.port != 22 else ())
 
 
-def verify(shown: HostKey, site: Site, place: Place, known_hosts: Path) -> None:
-    """HostKeyRefused unless the key that the host shows is trusted. Called before any credential is sent."""
+def verify(shown: HostKey, site: Site, place: Place, known_hosts: Path) -> str:
+    """Where the trust in the key that the host shows comes from, in words; HostKeyRefused unless it is trusted. Called
+    before any credential is sent."""
     ours = entries(known_hosts, place)
     theirs = [entry for path in user_files() for entry in entries(path, place)]
-    if any(entry.marker == "@revoked" and entry.key == shown for entry in (*ours, *theirs)):
+    _refuse_revoked(shown, site, place, [*ours, *theirs])
+    plain = [entry.key for entry in ours if not entry.marker]
+    if shown in plain:
+        return "this campaign's known_hosts"
+    own = [entry.key for entry in theirs if not entry.marker]
+    authority, why = _authority(shown, place, [*ours, *theirs])
+    if authority is not None:
+        record(known_hosts, place, [authority], marker="@cert-authority")
+        return f"a certificate of the authority {authority}"
+    if shown in own:
+        # All of them: a login alias may lead to several machines, each with its own key.
+        record(known_hosts, place, own)
+        return "your own known_hosts"
+    if shown.fingerprint in _published(site):
+        record(known_hosts, place, [shown])
+        return "the fingerprint in the profile"
+    raise _refused(shown, site, place, [*plain, *own], why)
+
+
+def _refuse_revoked(shown: HostKey, site: Site, place: Place, known: Sequence[Entry]) -> None:
+    if any(entry.marker == "@revoked" and entry.key == shown for entry in known):
         raise HostKeyRefused(
             f"the host key that {place} shows, {shown}, is marked as revoked in your known_hosts",
             hint="do not log in there; ask the facility",
             site=site.name,
         )
-    plain = [entry.key for entry in ours if not entry.marker]
-    if shown in plain:
-        return
-    certified = any(entry.marker == "@cert-authority" for entry in (*ours, *theirs))
-    own = [entry.key for entry in theirs if not entry.marker]
-    if shown in own:
-        # All of them: a login alias may lead to several machines, each with its own key.
-        record(known_hosts, place, own)
-    elif shown.fingerprint in _published(site) or (certified and _vouched(shown, site, place, known_hosts)):
-        record(known_hosts, place, [shown])
-    else:
-        raise _refused(shown, site, place, [*plain, *own])
 
 
-def kinds_on_file(site: Site, place: Place, known_hosts: Path) -> tuple[str, ...]:
+def _authority(shown: HostKey, place: Place, known: Sequence[Entry]) -> tuple[HostKey | None, str]:
+    """The authority whose certificate came with the key and vouches for it; else None, and what is wrong with it."""
+    revoked = [entry.key for entry in known if entry.marker == "@revoked"]
+    named = [entry.key for entry in known if entry.marker == "@cert-authority"]
+    if not shown.certificate or not named:
+        return None, ""
+    objections = []
+    for key in dict.fromkeys(named):
+        objections.append(why := objection(shown.certificate, shown.blob, place, {key.blob}))
+        if not why and key not in revoked:
+            return key, ""
+    if "" in objections:
+        return None, "its authority is marked as revoked in your known_hosts"
+    return None, max(objections, key=lambda why: "another authority" not in why)
+
+
+def kinds_on_file(place: Place, known_hosts: Path) -> tuple[str, ...]:
     """The key types known of a host: asked for first, so that its other keys do not look like a change."""
     found = [entry for path in (known_hosts, *user_files()) for entry in entries(path, place)]
     return tuple(dict.fromkeys(entry.key.kind for entry in found if not entry.marker))
 
 
-def record(known_hosts: Path, place: Place, keys: Iterable[HostKey]) -> None:
+def certified(place: Place, known_hosts: Path) -> bool:
+    """Whether an authority is named for a host: only then is it asked for a certificate."""
+    found = [entry for path in (known_hosts, *user_files()) for entry in entries(path, place)]
+    return any(entry.marker == "@cert-authority" for entry in found)
+
+
+def settled(place: Place, known_hosts: Path) -> bool:
+    """Whether ssh, which reads the campaign's file alone, can judge a host's key by it as `verify` would."""
+    theirs = [entry for path in user_files() for entry in entries(path, place)]
+    known = any(entry.marker != "@revoked" for entry in entries(known_hosts, place))
+    return known and not any(entry.marker == "@revoked" for entry in theirs)
+
+
+def record(known_hosts: Path, place: Place, keys: Iterable[HostKey], *, marker: str = "") -> None:
     """Add a host's keys to the campaign's file, each once."""
     with _locked(known_hosts) as stream:
         text = stream.read()
         present = text.splitlines()
-        lines = [f"{place.name} {key.kind} {base64.b64encode(key.blob).decode()}" for key in keys]
+        lines = [f"{marker} {place.name} {key.kind} {base64.b64encode(key.blob).decode()}".lstrip() for key in keys]
         fresh = [line for line in dict.fromkeys(lines) if line not in present]
         broken = "\n" if text and not text.endswith("\n") else ""
         stream.write(broken + "".join(line + "\n" for line in fresh))
@@ -122,13 +164,15 @@ def replace(known_hosts: Path, place: Place, key: HostKey) -> None:
     record(known_hosts, place, [key])
 
 
-def _refused(shown: HostKey, site: Site, place: Place, known: Sequence[HostKey]) -> HostKeyRefused:
+def _refused(shown: HostKey, site: Site, place: Place, known: Sequence[HostKey], why: str) -> HostKeyRefused:
     what = f"the host key of {place} is unknown: it shows {shown}"
     if known:
         what = (
             f"the host key of {place} has changed: it shows {shown}; on file is {', '.join(map(str, known))}. "
             "Somebody may be listening in"
         )
+    if why:
+        what += f". It came with a certificate that does not count: {why}"
     return HostKeyRefused(
         f"{what}. Nothing was sent to it",
         hint="compare it with what the facility publishes; if it is right: "
@@ -175,35 +219,6 @@ def _parsed(number: int, line: str) -> Entry | None:
         return Entry(number=number, marker=marker, hosts=hosts, key=HostKey(kind=kind, blob=base64.b64decode(text)))
     except (ValueError, binascii.Error):
         return None
-
-
-def _vouched(shown: HostKey, site: Site, place: Place, known_hosts: Path) -> bool:
-    """Whether a known certificate authority signed this key: ssh, which can check that, meets the host and goes away
-    before authenticating (the method "none" is all that it may try)."""
-    algorithm = f"{shown.kind}-cert-v01@openssh.com"
-    algorithms = [algorithm] if shown.kind != "ssh-rsa" else [f"rsa-sha2-{n}-cert-v01@openssh.com" for n in (512, 256)]
-    files = " ".join(quoted(path) for path in (known_hosts, *user_files()) if path.exists())
-    argv = ssh(site, place, known_hosts)
-    first = ["-o", f"UserKnownHostsFile={files}", "-o", f"HostKeyAlgorithms={','.join(algorithms)}"]
-    first += ["-o", "PreferredAuthentications=none", "-o", "LogLevel=DEBUG1", "-o", "PubkeyAuthentication=no"]
-    try:
-        done = subprocess.run(
-            [argv[0], *first, *argv[1:], place.host, "exit"],
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-            errors="replace",
-            timeout=2 * CONNECT_TIMEOUT,
-            env=environment(),
-            check=False,
-        )
-    except subprocess.TimeoutExpired:
-        return False
-    certified = re.search(r"^debug1: Server host certificate: \S+ (SHA256:\S+),", done.stderr, re.MULTILINE)
-    matched = re.search(
-        r"^debug1: Host '.*' is known and matches the \S+-CERT host certificate\.", done.stderr, re.MULTILINE
-    )
-    return bool(certified and matched and certified[1] == shown.fingerprint)
 
 
 @contextmanager

@@ -8,7 +8,7 @@ from pathlib import Path
 import paramiko
 
 from flctl.errors import ConfigurationError, LoginNeeded
-from flctl.facility.certificates import is_valid, valid_certificate
+from flctl.facility.certificates import Dates, dates_in_file, dates_of_blob, ended, kept_certificate, rank
 from flctl.facility.openssh import certificate_path, expand, printable
 from flctl.facility.profile import Site
 
@@ -45,8 +45,43 @@ def _keys(site: Site) -> list[paramiko.PKey]:
     key = _load(path, site)
     key.public_blob = None
     if site.login.kind == "certificate":
-        key.load_certificate(str(valid_certificate(certificate_path(site), site)))
+        dates = certificate_dates(site)
+        if dates is None or not dates.valid():
+            raise ended(site, dates)
+        key.load_certificate(str(certificate_path(site)))
     return [key]
+
+
+def certificate_dates(site: Site) -> Dates | None:
+    """Of the certificate that would be offered first: in its file, or the agent's. It need not be valid any more; None
+    if there is none at all."""
+    if site.login.key != "agent":
+        return dates_in_file(certificate_path(site), site)
+    held = _held_certificates(site)
+    return held[0][1] if held else None
+
+
+def agent_certificates(site: Site) -> list[Path]:
+    """Files that hold the agent's valid certificates, the one to offer first at their head. Given them, ssh offers them
+    alone: it would try each plain key of the agent, too, and each certificate that has ended."""
+    return [
+        kept_certificate(f"{key.get_name()} {key.get_base64()}\n")
+        for key, dates in _held_certificates(site)
+        if dates.valid()
+    ]
+
+
+def _held_certificates(site: Site) -> list[tuple[paramiko.AgentKey, Dates]]:
+    """The agent's, best first; none where no agent answers."""
+    with suppress(paramiko.SSHException, OSError):
+        keys = [key for key in paramiko.Agent().get_keys() if _is_certificate(key)]
+        held = [(key, dates_of_blob(key.blob)) for key in keys]
+        return sorted(held, key=lambda pair: rank(pair[1], site.login.user), reverse=True)
+    return []
+
+
+def _is_certificate(key: paramiko.AgentKey) -> bool:
+    return str(key.get_name()).endswith("-cert-v01@openssh.com")
 
 
 def _load(path: Path, site: Site) -> paramiko.PKey:
@@ -83,13 +118,15 @@ def _agent_keys(site: Site) -> list[paramiko.PKey]:
         raise LoginNeeded(
             f"the ssh-agent does not answer: {printable(str(error))}", hint=hint, site=site.name
         ) from None
-    certified = site.login.kind == "certificate"
-    keys = [key for key in held if key.get_name().endswith("-cert-v01@openssh.com") == certified]
-    if certified:
-        keys = [key for key in keys if is_valid(key.blob)]
-    what = "valid certificate" if certified else "key"
+    if site.login.kind == "certificate":
+        certificates = _held_certificates(site)
+        keys = [key for key, dates in certificates if dates.valid()]
+        if not keys:
+            raise ended(site, certificates[0][1] if certificates else None)
+    else:
+        keys = [key for key in held if not _is_certificate(key)]
     if not keys:
-        raise LoginNeeded(f"no ssh-agent that can be reached holds a {what}", hint=hint, site=site.name)
+        raise LoginNeeded("no ssh-agent that can be reached holds a key", hint=hint, site=site.name)
     if len(keys) > AGENT_KEYS_MOST:
         raise ConfigurationError(
             f"the ssh-agent holds {len(keys)} keys, and offering all of them looks like an attack to a site",

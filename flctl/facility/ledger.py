@@ -1,4 +1,5 @@
-"""Owns the ledger of one-time codes: each time step of each secret is used once, by any process of this user."""
+"""Owns what all flctl processes of a user know of each other's logins: each time step of each secret is used once, and
+two logins to a host keep the distance that its facility asks for."""
 
 import fcntl
 import hashlib
@@ -13,7 +14,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from flctl.errors import CodeSpent, ConfigurationError
+from flctl.errors import CodeSpent, ConfigurationError, LoginTooSoon
+from flctl.facility.openssh import Place, jump_place
+from flctl.facility.profile import Site
 
 MARGIN = 3.0
 """Seconds that must be left in a step before its code is sent: it has to arrive and be checked within it."""
@@ -23,6 +26,9 @@ GREETING = 2.0
 
 
 Entries = dict[str, Any]
+
+KEPT = 3600.0
+"""Seconds for which a login is remembered: the longest interval that a profile may ask for."""
 
 
 def state_folder() -> Path:
@@ -79,14 +85,56 @@ def _name(entries: Entries, key: bytes) -> str:
     return hmac.new(bytes.fromhex(entries["salt"]), key, hashlib.sha256).hexdigest()
 
 
+def keep_interval(site: Site, place: Place, *, now: float | None = None) -> None:
+    """Take the right to log in to this host (and to the jump host before it) at this moment. LoginTooSoon if a login of
+    this user was less than login.interval ago, by any flctl; nothing is taken then."""
+    interval = site.login.interval
+    if not interval:
+        return
+    jump = jump_place(site)
+    names = [f"{host.user}@{host}" for host in ([jump] if jump else []) + [place]]
+    with _locked("logins") as path:
+        # Asked only now: whoever had the lock before us logged in before this moment.
+        moment = time.time() if now is None else now
+        logins = {name: at for name, at in _read_logins(path).items() if moment - KEPT < at <= moment}
+        last = max((logins[name] for name in names if name in logins), default=moment - interval)
+        if moment < last + interval:
+            raise LoginTooSoon(
+                f"the last login was {moment - last:.0f} s ago, and {interval} s must lie between two",
+                until=last + interval,
+                hint=f"wait {last + interval - moment:.0f} s",
+                site=site.name,
+            )
+        _write(path, logins | dict.fromkeys(names, moment))
+
+
+def _read_logins(path: Path) -> dict[str, float]:
+    try:
+        logins = json.loads(path.read_text(encoding="ascii"))
+        return {str(name): float(at) for name, at in logins.items()}
+    except FileNotFoundError:
+        return {}
+    except (ValueError, TypeError, AttributeError):
+        raise ConfigurationError(
+            f"{path}, which keeps when the last logins were, cannot be understood", hint=f"rm {path}"
+        ) from None
+
+
 @contextmanager
 def _ledger() -> Iterator[tuple[Entries, Path]]:
-    """The ledger and where it lies, for this process and thread alone."""
+    """The ledger of codes and where it lies, for this process and thread alone."""
+    with _locked("codes") as path:
+        yield _read(path), path
+
+
+@contextmanager
+def _locked(name: str) -> Iterator[Path]:
+    """The path of a ledger, for this process and thread alone."""
     folder = state_folder()
-    lock = os.open(folder / "codes.lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+    lock = os.open(folder / f"{name}.lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
     try:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        yield _read(folder / "codes.json"), folder / "codes.json"
+        yield folder / f"{name}.json"
     finally:
         os.close(lock)
 

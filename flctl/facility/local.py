@@ -13,7 +13,8 @@ from typing import BinaryIO
 from flctl.errors import Interrupted, SiteUnreachable
 from flctl.facility.connection import OUTPUT_MOST, Output, Progress, Road, program_of
 from flctl.facility.profile import Site
-from flctl.facility.transfer import checked, make_private, refusal, sources
+from flctl.facility.rsync import refusal
+from flctl.facility.transfer import checked, make_private, sources
 from flctl.records import FileEntry
 
 CHUNK = 4 << 20

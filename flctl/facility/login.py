@@ -1,20 +1,26 @@
 """Owns logging in with paramiko: reach the host, verify its key, then authenticate; one attempt, never a second."""
 
+import os
+import re
 import socket
 import subprocess
+import tempfile
 import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import paramiko
 
+from flctl.errors import FlctlError, LoginNeeded
 from flctl.facility import hostkeys
 from flctl.facility.authentication import authenticate
 from flctl.facility.codes import Answers
+from flctl.facility.hostcertificates import ALGORITHMS
 from flctl.facility.hostkeys import HostKey
 from flctl.facility.keys import keys_of
+from flctl.facility.ledger import keep_interval
 from flctl.facility.openssh import (
     ALIVE_COUNT,
     ALIVE_INTERVAL,
@@ -25,10 +31,12 @@ from flctl.facility.openssh import (
     jump_command,
     jump_place,
     login_place,
+    printable,
     unreachable,
 )
 from flctl.facility.profile import Site
 from flctl.facility.wire import AUTH_TIMEOUT, Wire
+from flctl.facility.witness import Witness
 
 REKEY_BYTES, REKEY_PACKETS = 1 << 36, 1 << 31
 """paramiko asks for new keys after 512 MB and may lose the channel while a transfer runs. 64 GiB is what RFC 4344
@@ -39,17 +47,23 @@ WINDOW = 16 << 20
 SESSION_PATIENCE = 5.0
 
 
-def log_in(site: Site, known_hosts: Path, on_login: Callable[[], None]) -> paramiko.Transport:
-    """An authenticated connection to the site's login host. HostKeyRefused, LoginNeeded, CodeSpent, SiteUnreachable
-    or ConfigurationError; whatever is wrong at home is found before the site is bothered."""
-    answers = Answers(site) if site.login.kind == "key+totp" else None
-    keys = keys_of(site)
-    wire = reach(site, login_place(site), known_hosts)
+def log_in(
+    site: Site, known_hosts: Path, on_login: Callable[[Place], None], witness: Witness | None = None
+) -> paramiko.Transport:
+    """An authenticated connection to the site's login host; `on_login` hears of each host that let us in.
+    HostKeyRefused, LoginNeeded, LoginTooSoon, SiteUnreachable or ConfigurationError; whatever is wrong at home is found
+    before the site is bothered."""
+    witness = witness or Witness()
+    answers = Answers(site) if site.login.coded else None
+    witness.dialogue = answers.dialogue if answers else []
+    keys = keys_of(site) if site.login.keyed else []
+    keep_interval(site, login_place(site))
+    wire = reach(site, login_place(site), known_hosts, witness)
     try:
-        if site.login.proxy_jump:
-            on_login()
-        authenticate(wire, site, keys, answers)
-        on_login()
+        if jump := jump_place(site):
+            on_login(jump)
+        authenticate(wire, site, keys, answers, witness)
+        on_login(login_place(site))
     except BaseException:
         wire.close()
         raise
@@ -67,11 +81,23 @@ def shown_key(site: Site, place: Place, known_hosts: Path) -> HostKey:
         wire.close()
 
 
-def reach(site: Site, place: Place, known_hosts: Path) -> Wire:
+def rehearse(site: Site, known_hosts: Path, on_login: Callable[[Place], None], witness: Witness) -> None:
+    """Log in once and leave at once; `witness` sees how it goes, as far as it goes. Errors as of `log_in`."""
+
+    def count(place: Place) -> None:
+        witness.logins += 1
+        on_login(place)
+
+    log_in(site, known_hosts, count, witness).close()
+
+
+def reach(site: Site, place: Place, known_hosts: Path, witness: Witness | None = None) -> Wire:
     """A connection to a host whose key is verified; nobody is logged in yet."""
     wire = _greet(site, place, known_hosts)
     try:
-        hostkeys.verify(_key_of(wire), site, place, known_hosts)
+        key, witness = _key_of(wire), witness or Witness()
+        witness.host_key = str(key)
+        witness.trust = hostkeys.verify(key, site, place, known_hosts)
     except BaseException:
         wire.close()
         raise
@@ -80,27 +106,47 @@ def reach(site: Site, place: Place, known_hosts: Path) -> Wire:
 
 def _greet(site: Site, place: Place, known_hosts: Path) -> Wire:
     """Connected, with an encrypted channel; whose it is has not been looked at."""
-    link, wire = _dial(site, place, known_hosts), None
-    try:
-        wire = Wire(link, default_window_size=WINDOW)
-        wire.banner_timeout = wire.handshake_timeout = CONNECT_TIMEOUT
-        wire.auth_timeout, wire.channel_timeout = AUTH_TIMEOUT, CONNECT_TIMEOUT
-        wire.packetizer.REKEY_BYTES, wire.packetizer.REKEY_PACKETS = REKEY_BYTES, REKEY_PACKETS
-        options = wire.get_security_options()
-        options.ciphers = [name for name in CIPHERS if name in options.ciphers]
-        options.key_types = _ordered(options.key_types, hostkeys.kinds_on_file(site, place, known_hosts))
-        wire.start_client(timeout=CONNECT_TIMEOUT)
-        # When its time is over, start_client returns as if all were well.
-        if not wire.initial_kex_done:
-            raise EOFError("it did not answer in time")
-    except BaseException as error:
-        if wire is not None:
-            wire.close()
-        link.close()
-        if isinstance(error, (paramiko.SSHException, EOFError, OSError)):
-            raise unreachable(site, place, error) from error
-        raise
+    with tempfile.TemporaryFile() as complaints:
+        link, wire = _dial(site, place, known_hosts, complaints), None
+        try:
+            wire = Wire(link, default_window_size=WINDOW)
+            _negotiate(wire, place, known_hosts)
+        except BaseException as error:
+            if wire is not None:
+                wire.close()
+            link.close()
+            if isinstance(error, (paramiko.SSHException, EOFError, OSError)):
+                raise _lost(site, place, error, os.pread(complaints.fileno(), 4096, 0)) from error
+            raise
     return wire
+
+
+def _negotiate(wire: Wire, place: Place, known_hosts: Path) -> None:
+    wire.banner_timeout = wire.handshake_timeout = CONNECT_TIMEOUT
+    wire.auth_timeout, wire.channel_timeout = AUTH_TIMEOUT, CONNECT_TIMEOUT
+    wire.packetizer.REKEY_BYTES, wire.packetizer.REKEY_PACKETS = REKEY_BYTES, REKEY_PACKETS
+    options = wire.get_security_options()
+    options.ciphers = [name for name in CIPHERS if name in options.ciphers]
+    certificates = ALGORITHMS if hostkeys.certified(place, known_hosts) else ()
+    known = hostkeys.kinds_on_file(place, known_hosts)
+    options.key_types = [*certificates, *_ordered(options.key_types, known)]
+    wire.start_client(timeout=CONNECT_TIMEOUT)
+    # When its time is over, start_client returns as if all were well.
+    if not wire.initial_kex_done:
+        raise EOFError("it did not answer in time")
+
+
+def _lost(site: Site, place: Place, error: Exception, complaints: bytes) -> FlctlError:
+    """Why there is no connection; `complaints`: what the ssh to the jump host wrote."""
+    refused = re.search(r"Permission denied \(([^)]*)\)", printable(complaints.decode("utf-8", "replace"), 4096))
+    if refused is None:
+        return unreachable(site, place, error)
+    return LoginNeeded(
+        f"the jump host {jump_place(site)} does not let us in with a key alone: it wants {refused[1]}",
+        hint="register the key there; a jump host that asks for a password or a code is out of flctl's reach: is there "
+        f"another one (login.proxy_jump in sites/{site.name}.toml)? Then flctl release {site.name}",
+        site=site.name,
+    )
 
 
 def _ordered(possible: tuple[str, ...], known: tuple[str, ...]) -> list[str]:
@@ -111,10 +157,11 @@ def _ordered(possible: tuple[str, ...], known: tuple[str, ...]) -> list[str]:
 
 def _key_of(wire: paramiko.Transport) -> HostKey:
     key = wire.get_remote_server_key()
-    return HostKey(kind=key.get_name(), blob=key.asbytes())
+    certificate = key.public_blob.key_blob if key.public_blob else b""
+    return HostKey(kind=key.get_name(), blob=key.asbytes(), certificate=certificate)
 
 
-def _dial(site: Site, place: Place, known_hosts: Path) -> socket.socket:
+def _dial(site: Site, place: Place, known_hosts: Path, complaints: IO[bytes]) -> socket.socket:
     if place == jump_place(site) or not site.login.proxy_jump:
         try:
             link = socket.create_connection((place.host, place.port), timeout=CONNECT_TIMEOUT)
@@ -131,7 +178,7 @@ def _dial(site: Site, place: Place, known_hosts: Path) -> socket.socket:
             argv,
             stdin=theirs.fileno(),
             stdout=theirs.fileno(),
-            stderr=subprocess.DEVNULL,
+            stderr=complaints,
             env=environment(),
             start_new_session=True,
         )
@@ -147,8 +194,8 @@ def check_jump(site: Site, known_hosts: Path) -> None:
 
 
 def check_place(site: Site, place: Place, known_hosts: Path) -> None:
-    """HostKeyRefused unless the host is trusted. One that the campaign's file does not know is met once for it."""
-    if not any(not entry.marker for entry in hostkeys.entries(known_hosts, place)):
+    """HostKeyRefused unless the host is trusted. One that the campaign's file cannot judge is met once for it."""
+    if not hostkeys.settled(place, known_hosts):
         reach(site, place, known_hosts).close()
 
 

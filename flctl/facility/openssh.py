@@ -70,7 +70,9 @@ def certificate_path(site: Site) -> Path:
 
 
 def ssh(site: Site, place: Place, known_hosts: Path, *, code: bool = False, via_jump: bool = True) -> list[str]:
-    """The argv of an ssh to `place`, without the host. `code`: a one-time code will be asked for and answered."""
+    """The argv of an ssh to `place`, without the host. `code`: questions will be asked, and somebody answers: flctl, or
+    a person where the kind of login is attended."""
+    methods = _methods(site) if code else ("publickey",)
     options = {
         "UserKnownHostsFile": quoted(known_hosts),
         "GlobalKnownHostsFile": "/dev/null",
@@ -78,8 +80,9 @@ def ssh(site: Site, place: Place, known_hosts: Path, *, code: bool = False, via_
         "CheckHostIP": "no",
         "UpdateHostKeys": "no",
         "VerifyHostKeyDNS": "no",
-        "PreferredAuthentications": "publickey,keyboard-interactive" if code else "publickey",
-        "PasswordAuthentication": "no",
+        "PreferredAuthentications": ",".join(methods),
+        "PubkeyAuthentication": "yes" if "publickey" in methods else "no",
+        "PasswordAuthentication": "yes" if "password" in methods else "no",
         "NumberOfPasswordPrompts": "1",
         "BatchMode": "no" if code else "yes",
         "Ciphers": ",".join(CIPHERS),
@@ -98,6 +101,11 @@ def ssh(site: Site, place: Place, known_hosts: Path, *, code: bool = False, via_
     if via_jump and site.login.proxy_jump:
         options["ProxyCommand"] = shlex.join(jump_command(site, place, known_hosts)).replace("%", "%%")
     words = [word for name, value in options.items() for word in ("-o", f"{name}={value}")]
+    if site.login.kind == "certificate" and site.login.key == "agent":
+        from flctl.facility.keys import agent_certificates
+
+        files = [quoted(path) for path in agent_certificates(site)] or ["none"]
+        words += [word for file in files for word in ("-o", f"IdentityFile={file}")]
     return ["ssh", "-F", "none", *words, "-p", str(place.port), "-l", place.user]
 
 
@@ -134,8 +142,21 @@ def unreachable(site: Site, place: Place, error: BaseException, what: str = "can
     )
 
 
+def _methods(site: Site) -> tuple[str, ...]:
+    """How the login host may be asked to let us in. The agent's keys are not shown where no key is known to help."""
+    login = site.login
+    keyed = login.keyed or (login.kind == "attended" and login.key != "agent")
+    return (
+        *(("publickey",) if keyed else ()),
+        *(("keyboard-interactive",) if login.coded else ()),
+        *(("password",) if login.coded and login.kind != "key+totp" else ()),
+    )
+
+
 def _identity(site: Site) -> dict[str, str]:
     login = site.login
+    if login.key == "agent" and login.kind == "certificate":
+        return {"IdentitiesOnly": "yes"}
     if login.key == "agent":
         return {"IdentitiesOnly": "no", "IdentityFile": "none"}
     identity = {"IdentitiesOnly": "yes", "IdentityFile": quoted(expand(login.key))}

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 from flctl.errors import FlctlError, SiteUnreachable
 from flctl.facility.openssh import printable
 from flctl.facility.profile import Site
+from flctl.facility.rsync import Shell
 from flctl.facility.sockets import listening, remove, socket_folder
-from flctl.facility.transfer import Shell
 
 if TYPE_CHECKING:
     import paramiko

@@ -22,13 +22,16 @@ from flctl.errors import (
     HostKeyRefused,
     Interrupted,
     LoginNeeded,
+    LoginTooSoon,
     SiteUnreachable,
 )
 from flctl.facility.codes import Answers
-from flctl.facility.openssh import environment, printable, quoted, ssh, transfer_place, unreachable
+from flctl.facility.ledger import keep_interval
+from flctl.facility.openssh import Place, environment, jump_place, printable, quoted, ssh, transfer_place, unreachable
 from flctl.facility.profile import Site
+from flctl.facility.renewal import check
+from flctl.facility.rsync import Shell, end
 from flctl.facility.sockets import listening, remove, socket_folder
-from flctl.facility.transfer import Shell, end
 
 if TYPE_CHECKING:
     from flctl.facility.connection import Road
@@ -41,10 +44,10 @@ LINGER = 10
 class OverSsh:
     """rsync over the system's ssh. Questions of the server are brought to us and answered as at any login."""
 
-    def __init__(self, site: Site, road: "Road", count: Callable[[], None]) -> None:
+    def __init__(self, site: Site, road: "Road", count: Callable[[Place], None]) -> None:
         self.site, self.road, self.lock_fds, self._count = site, road, road.lock_fds, count
         self._place = transfer_place(site)
-        self._coded = site.login.kind == "key+totp"
+        self._coded = site.login.coded
         self._folder = socket_folder(road.runtime)
         self._answers: Answers | None = None
         self._given_up = threading.Event()
@@ -68,6 +71,7 @@ class OverSsh:
             argv = [*self._ssh(code=False), *self._control(), "-o", "ControlMaster=no"]
             yield Shell(argv=argv, host=_bracketed(self._place.host), environment={})
             return
+        self._await_turn()
         with self._asking() as variables:
             argv = [*self._ssh(code=self._coded), "-o", "ControlPath=none"]
             try:
@@ -85,9 +89,8 @@ class OverSsh:
         if re.search(r"Host key verification failed|HOST IDENTIFICATION HAS CHANGED|host key is known", words):
             return self._host_key_refused(words)
         if re.search(r"Permission denied \(|Too many authentication failures", words):
-            what = (
-                "one-time code" if self._answers and self._answers.sent else self.site.login.kind.removesuffix("+totp")
-            )
+            given = self._answers.given if self._answers else ""
+            what = given or {"certificate": "certificate", "totp": "login"}.get(self.site.login.kind, "key")
             return LoginNeeded(
                 f"{self._place} refused the {what}: {printable(words)}",
                 hint="is it registered there, does the key have a passphrase (then ssh-add)? "
@@ -97,8 +100,9 @@ class OverSsh:
         return None
 
     def _note_login(self) -> None:
-        for _ in ("jump host", "host") if self.site.login.proxy_jump else ("host",):
-            self._count()
+        jump = jump_place(self.site)
+        for place in (jump, self._place) if jump else (self._place,):
+            self._count(place)
 
     def close(self) -> None:
         if self._lifeline is not None:
@@ -120,6 +124,7 @@ class OverSsh:
     def _open_master(self) -> None:
         """Log in, and leave the connection to an ssh in the background. It ends with `close`, or LINGER seconds after
         this process: it counts our lifeline as a user of it."""
+        self._await_turn()
         self._masters += 1
         options = ["-o", "ControlMaster=yes", "-o", f"ControlPersist={LINGER}"]
         argv = [*self._ssh(code=self._coded), *self._control(), *options, "-f", "-N", self._place.host]
@@ -205,10 +210,23 @@ class OverSsh:
             except CodeSpent as spent:
                 if spent.until - time.time() > 2 * self.site.login.totp.period:
                     raise
-                while time.time() < spent.until:
-                    if self.road.stop():
-                        raise Interrupted("waiting for a code was interrupted", site=self.site.name) from None
-                    time.sleep(min(0.2, max(0.0, spent.until - time.time())))
+                self._wait_for(spent.until)
+
+    def _await_turn(self) -> None:
+        """Wait until the facility's interval between two logins is over; LoginNeeded if our certificate has ended since
+        the first of this contact."""
+        check(self.site)
+        while True:
+            try:
+                return keep_interval(self.site, self._place)
+            except LoginTooSoon as early:
+                self._wait_for(early.until)
+
+    def _wait_for(self, moment: float) -> None:
+        while (left := moment - time.time()) > 0:
+            if self.road.stop():
+                raise Interrupted("waiting for the next login was interrupted", site=self.site.name)
+            time.sleep(min(0.2, left))
 
     def _reply(self, link: socket.socket) -> None:
         question = b"".join(iter(lambda: link.recv(65536), b"")).decode("utf-8", "replace")
@@ -217,7 +235,7 @@ class OverSsh:
         if self._answers is None:
             return
         try:
-            link.sendall(self._answers.answer(question).encode("ascii") + b"\n")
+            link.sendall(self._answers.answer(question).encode() + b"\n")
         except FlctlError:
             # Without an answer ssh would send an empty one, which counts as an attempt: it waits until it is ended.
             self._given_up.wait(LOGIN_TIMEOUT)

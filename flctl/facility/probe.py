@@ -1,16 +1,25 @@
-"""Owns the checks behind `flctl site test`: what a round will need of a site, asked in one program."""
+"""Owns what `flctl site test` asks in one login, in one program: what a round will need at a site."""
 
+import re
+import secrets
+import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
+from flctl.facility.certificates import clock
+from flctl.facility.openssh import printable
 from flctl.facility.profile import Site
-from flctl.facility.scheduler import QueryFailed, Scheduler
-from flctl.facility.script import environment_lines, shell_word
+from flctl.facility.scheduler import Scheduler
+from flctl.facility.script import container_words, environment_lines, shell_word
 from flctl.facility.shell import Answer, quote
 
 Result = Literal["ok", "warn", "fail"]
 
-CLOCK_SKEW_MOST = 10.0
+PATIENCE = 60
+"""Seconds for one question; for Python, which imports torch from a busy parallel file system, three times as much."""
+UNKNOWN_NAME = "flctlnosuchjob"
+VERSIONS = "import torch, transformers; print('torch', torch.__version__, 'transformers', transformers.__version__)"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -24,85 +33,135 @@ class Check:
     exit_code: int = 3
 
 
-def questions(site: Site, scheduler: Scheduler, work: str, data: str) -> dict[str, str]:
-    """The commands that `verdicts` needs the answers of, by name."""
-    seal = quote(site.environment.seal_python)
-    versions = "import torch, transformers; print('torch', torch.__version__, 'transformers', transformers.__version__)"
-    program = "\n".join([*environment_lines(site), f"{shell_word(site.environment.python)} -c {quote(versions)}"])
-    return {
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Want:
+    """What a round needs at a site: `size` bytes, `files`; `seconds`: how long the plan still lasts at least."""
+
+    size: int
+    files: int
+    seconds: float = 0.0
+
+
+def bounded(command: str, seconds: int = PATIENCE) -> str:
+    """A command that is ended after so many seconds: one that hangs must not take the others' answers with it."""
+    return f"$(command -v timeout >/dev/null && echo timeout -k 5 {seconds}) sh -c {quote(command)}"
+
+
+def in_login_shell(command: str) -> str:
+    """The command in a login shell; what the shell itself prints is dropped."""
+    return f"bash -lc {quote(command + ' >&9 2>&9')} 9>&1 >/dev/null 2>&1"
+
+
+def trial_command(scheduler: Scheduler, script: str) -> str:
+    """Show the scheduler a job script, which lies in a new folder of /tmp meanwhile; empty where it has no dry run."""
+    folder = f"/tmp/flctl-{secrets.token_hex(8)}"
+    command = scheduler.trial(f"{folder}/job.sh") if script else None
+    if command is None:
+        return ""
+    made = f"umask 077; mkdir {folder} && printf %s {quote(script)} >{folder}/job.sh && {{ {command}\n}}"
+    return bounded(f"{made}\nstatus=$?; rm -rf {folder}; exit $status", 2 * PATIENCE)
+
+
+def space_commands(work: str) -> dict[str, str]:
+    """What is free where `work` lies, or would lie, for `space_left`."""
+    found = f'place={quote(work)}; while test ! -d "$place"; do place=$(dirname "$place"); done; cd "$place"'
+    return {"space": bounded(f"{found} && df -Pk ."), "inodes": bounded(f"{found} && df -Pi .")}
+
+
+def space_left(answer: Answer) -> int | None:
+    """KiB or inodes free, as `df -P` tells; None where it does not (some file systems have no number of inodes)."""
+    match = re.search(r"\s(\d+)\s+(\d+)\s+(\d+)\s+\d+%\s+/[^\n]*\s*$", answer.stdout) if answer.status == 0 else None
+    return int(match[3]) if match and int(match[1]) else None
+
+
+def questions(site: Site, scheduler: Scheduler, *, work: str, data: str, script: str) -> dict[str, str]:
+    """The commands that `verdicts` needs the answers of, by name. `script`: a job script for the dry run, if any."""
+    environment = site.environment
+    seal = quote(environment.seal_python)
+    readable = f"test -r {quote(data)} && {{ test ! -d {quote(data)} || test -x {quote(data)}; }} && echo there"
+    asked = {
         "clock": "date +%s",
-        "tools": "command -v sha256sum mv mkdir tail head >/dev/null && echo found",
+        "who": 'echo "$(id -un) on $(uname -n)"',
+        "noise": 'echo : | "${SHELL:-/bin/sh}" -l 2>&1',
+        "tools": "command -v sha256sum mv mkdir tail head df stat >/dev/null && echo found",
         "seal": f"{seal} -c 'import sys; print(sys.version.split()[0]); sys.exit(sys.version_info < (3, 6))'",
+        "version": scheduler.version(),
         "queue": scheduler.queue(),
-        "work": f"mkdir -p {quote(work)} && cd {quote(work)} && : >.flctl-test && rm .flctl-test "
-        "&& df -Pk . | tail -n 1",
-        "data": f"test -r {quote(data)} && {{ test ! -d {quote(data)} || test -x {quote(data)}; }} && echo there",
-        "python": f"bash -c {quote(program)}",
+        "accounting": scheduler.accounting([UNKNOWN_NAME]) or "",
+        "accounts": scheduler.accounts() or "",
+        "queues": scheduler.queues() or "",
+        "work": f"mkdir -p {quote(work)} && cd {quote(work)} && : >.flctl-test && rm .flctl-test",
+        "quota": site.storage.quota and in_login_shell(site.storage.quota),
+        "balance": site.budget.balance and in_login_shell(site.budget.balance),
+        "data": readable,
+        "rsync": "" if site.transfer.host else f"{quote(site.transfer.rsync or 'rsync')} --version | head -n 1",
+        "modules": f"bash -c {quote(chr(10).join(_modules(site)))}" if _modules(site) else "",
+        "container": f"bash -c {quote(_container(site))}" if environment.container.program else "",
+    }
+    python = "\n".join([*environment_lines(site), f"{python_words(site)} -c {quote(VERSIONS)}"])
+    return {
+        **{name: bounded(command) for name, command in asked.items() if command},
+        **space_commands(work),
+        "python": bounded(f"bash -c {quote(python)}", 3 * PATIENCE),
+        **({"trial": trial} if (trial := trial_command(scheduler, script)) else {}),
     }
 
 
-def verdicts(
-    site: Site, scheduler: Scheduler, answers: dict[str, Answer], *, work: str, data: str, now: float, need: int
-) -> list[Check]:
-    """What the answers mean. `now`: our clock when they came, Unix seconds; `need`: bytes a round wants there."""
-    file = f"sites/{site.name}.toml"
-    return [
-        _plain("login host's tools", answers["tools"], f"{site.login.host or 'the site'} lacks coreutils"),
-        _plain(
-            "python for seal.py", answers["seal"], f"set environment.seal_python in {file} to a Python 3.6 or newer"
-        ),
-        _clock(answers["clock"], now),
-        _queue(site, scheduler, answers["queue"]),
-        _work(answers["work"], work, need, file),
-        _plain("data", answers["data"], f"set storage.data in {file}; {data} cannot be read there", detail=data),
-        _python(answers["python"], site, file),
-    ]
+def python_words(site: Site) -> str:
+    """The trainer's Python as shell words, in the container if there is one."""
+    return " ".join(shell_word(word) for word in (*container_words(site), site.environment.python))
 
 
-def _plain(name: str, answer: Answer, fix: str, *, detail: str = "") -> Check:
-    if answer.status == 0:
-        return Check(name=name, result="ok", detail=detail or answer.stdout.strip())
-    return Check(name=name, result="fail", detail=_words(answer), fix=fix)
+def _modules(site: Site) -> list[str]:
+    return [line for line in environment_lines(site) if line.startswith(("type module ", "module "))]
 
 
-def _words(answer: Answer) -> str:
+def _container(site: Site) -> str:
+    program, image = site.environment.container.program, shell_word(site.environment.container.image)
+    found = f'command -v {program} >/dev/null || {{ echo "there is no {program}" >&2; exit 1; }}'
+    readable = f'test -r {image} || {{ echo "the image "{image}" cannot be read" >&2; exit 1; }}'
+    return "\n".join([*_modules(site), found, readable, f"{program} --version"])
+
+
+def noise(stdout: str, stderr: str, answers: Mapping[str, Answer]) -> Check:
+    """What shells print that were not asked to: outside the frames of the answers, and on stderr."""
+    name, said = "shell noise", printable(f"{stdout} {stderr}", 120)
+    if said:
+        harm = "rsync and scp cannot" if stdout.strip() else "so does rsync, as long as it is on stderr only"
+        fix = (
+            "let ~/.bashrc and its like print nothing when the shell is not interactive (first line: case $- in *i*) ;;"
+            f" *) return;; esac): flctl reads round it, {harm}"
+        )
+        return Check(name=name, result="warn", detail=f"each command there prints {said!r} besides", fix=fix)
+    said = printable(answers["noise"].stdout, 120)
+    if said:
+        return Check(name=name, result="ok", detail=f"a login shell prints {said!r}; other shells nothing: harmless")
+    return Check(name=name, result="ok", detail="shells print nothing of their own")
+
+
+def around(output: str, nonce: str) -> str:
+    """What stands before the first and after the last frame of a program's answers."""
+    before = output.split(f"\n{nonce} out ", 1)[0] if f"\n{nonce} out " in output else ""
+    after = re.sub(r"\A\w+\n", "", output.rsplit(f"\n{nonce} end ", 1)[-1]) if f"{nonce} end " in output else ""
+    return f"{before} {after}".strip()
+
+
+def words(answer: Answer) -> str:
+    """The last line of what a command that failed said."""
+    if answer.status in (124, 137) and not answer.stderr.strip():
+        return "no answer in time"
     text = (answer.stderr.strip() or answer.stdout.strip() or f"exit status {answer.status}").splitlines()[-1]
-    return "".join(c for c in text if c.isprintable())[:200]
+    return printable(text, 200)
 
 
-def _clock(answer: Answer, now: float) -> Check:
-    skew = float(answer.stdout) - now if answer.stdout.strip().isdigit() else 0.0
-    if abs(skew) > CLOCK_SKEW_MOST:
-        fix = "set this machine's clock: one-time codes and deadlines depend on it"
-        return Check(name="clock", result="warn", detail=f"{skew:+.0f} s from ours", fix=fix)
-    return Check(name="clock", result="ok", detail=f"within {CLOCK_SKEW_MOST:.0f} s of ours")
+def last_lines(answer: Answer, unit: str = "") -> str:
+    """The end of what a command of the site's own said, on one line."""
+    lines = [printable(line, 120) for line in answer.stdout.splitlines() if line.strip()][-6:]
+    return " | ".join([*([f"in {unit}"] if unit else []), *lines]) or "silent"
 
 
-def _queue(site: Site, scheduler: Scheduler, answer: Answer) -> Check:
-    try:
-        seen = scheduler.seen(answer.status, answer.stdout, answer.stderr)
-    except QueryFailed as failure:
-        fix = f"does {site.scheduler.kind} answer there? try its queue command by hand"
-        return Check(name="scheduler", result="fail", detail=str(failure)[:200], fix=fix, exit_code=6)
-    return Check(
-        name="scheduler", result="ok", detail=f"{site.scheduler.kind} answers; {len(seen)} jobs of yours listed"
-    )
-
-
-def _work(answer: Answer, work: str, need: int, file: str) -> Check:
-    if answer.status != 0:
-        return Check(name="work folder", result="fail", detail=_words(answer), fix=f"set storage.work in {file}")
-    fields = answer.stdout.split()
-    free = int(fields[3]) * 1024 if len(fields) > 3 and fields[3].isdigit() else None
-    if free is not None and free < need:
-        detail = f"{work}: {free / 1e9:.1f} GB free, a round wants {need / 1e9:.1f} GB"
-        return Check(name="work folder", result="fail", detail=detail, fix="make room there", exit_code=9)
-    shown = "" if free is None else f", {free / 1e9:.1f} GB free"
-    return Check(name="work folder", result="ok", detail=f"{work} can be written{shown}")
-
-
-def _python(answer: Answer, site: Site, file: str) -> Check:
-    if answer.status != 0:
-        fix = f"see docs/sites.md for building it; environment.python in {file} says which one"
-        return Check(name="python for training", result="warn", detail=_words(answer), fix=fix)
-    return Check(name="python for training", result="ok", detail=answer.stdout.strip().splitlines()[-1])
+def start_in_words(start: float | None) -> str:
+    """An expected start (Unix seconds), labelled as what it is."""
+    if start is None:
+        return "no estimate of its start"
+    return f"estimate: starts {'at once' if start - time.time() < 60 else 'at ' + clock(start)}"

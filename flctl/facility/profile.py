@@ -80,6 +80,11 @@ class Login:
         return self.kind not in ("key", "certificate")
 
     @property
+    def keyed(self) -> bool:
+        """Whether a key or a certificate is offered."""
+        return self.kind in ("key", "certificate", "key+totp")
+
+    @property
     def attended(self) -> bool:
         """Whether a person must answer each login."""
         return self.coded and (self.kind == "attended" or self.totp.automation != "permitted")

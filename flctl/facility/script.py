@@ -2,7 +2,7 @@
 
 import re
 import shlex
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 
@@ -13,7 +13,14 @@ from flctl.facility.table import nearest
 PLACEHOLDER = re.compile(r"\{\{\s*([^{}\s]*)\s*\}\}")
 DIRECTIVE = re.compile(r"#(?:SBATCH|PBS)\s")
 COMMENT = re.compile(r"\s*#(?!(?:SBATCH|PBS)\s)")
+PROXIES = ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY")
 DIRECTIVE_VALUE = re.compile(r"[A-Za-z0-9_.,:/@+=-]*")
+
+
+class Plain(str):
+    """A shell word in which everything means itself, `$` too."""
+
+    __slots__ = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,7 +113,7 @@ def job_values(
         "nodes": str(shape.nodes),
         "gpus": str(shape.gpus or ""),
         "cpus": str(shape.cpus or ""),
-        "walltime": clock(shape.walltime),
+        "walltime": clock(shape.walltime, days=site.scheduler.kind != "pbs"),
         "walltime_seconds": str(shape.walltime),
         "warning": str(shape.warning),
         "directives": Lines(tuple(f"{sign} {option}" for option in shape.extra)),
@@ -127,19 +134,46 @@ def select(shape: Shape) -> str:
 
 def container_words(site: Site, *folders: object) -> tuple[str, ...]:
     """The words in front of python that run it in the site's container, if there is one. `folders` are bound besides
-    those of the profile; the environment, the FLCTL_ variables with it, is passed on by Apptainer itself."""
+    those of the profile; ConfigurationError for one that --bind cannot name.
+
+    What runs in it begins with USR1 ignored, as outside: Apptainer passes signals on, but starts what is inside with
+    the default answer to each, and that of USR1 is to end."""
     container = site.environment.container
     if not container.program:
         return ()
-    binds = [word for folder in (*folders, *container.binds) for word in ("--bind", str(folder))]
-    return (container.program, "exec", *container.gpu.split(), *binds, *container.options, container.image)
+    bound = [*(Plain(_bindable(site, str(folder))) for folder in folders), *(_bind(site, b) for b in container.binds)]
+    binds = [word for folder in bound for word in ("--bind", folder)]
+    ignoring = ("/bin/sh", "-c", Plain("trap '' USR1; exec \"$@\""), "flctl")
+    return (container.program, "exec", *container.gpu.split(), *binds, *container.options, container.image, *ignoring)
+
+
+def _bind(site: Site, bind: str) -> str:
+    """A bind of the profile: a folder, and maybe its place inside and `ro` or `rw`."""
+    folder, _, rest = bind.partition(":")
+    _bindable(site, folder)
+    if rest in ("ro", "rw"):
+        return f"{folder}:{folder}:{rest}"
+    if rest and not re.fullmatch(r"/[^:,\s]*(?::r[ow])?", rest):
+        _bindable(site, bind)
+    return bind
+
+
+def _bindable(site: Site, folder: str) -> str:
+    """The folder, if --bind can name it: it parts its value at commas and colons, and a blank is no good either."""
+    if re.search(r"[\s,:]", folder):
+        raise ConfigurationError(
+            f"{folder!r} cannot be bound into a container: its path holds a blank, a comma or a colon",
+            hint=f"see storage and environment.container.binds in sites/{site.name}.toml; a link without one will do",
+            site=site.name,
+        )
+    return folder
 
 
 def environment_lines(site: Site) -> list[str]:
     """The shell lines (for bash) that a program of the site's environment needs before it: modules, what is unset,
     activation, offline or not, exports, proxy. A shell that is no login shell often lacks `module`; it is
     in /etc/profile."""
-    environment = site.environment
+    environment, container = site.environment, site.environment.container
     loads = environment.modules or environment.modules_use
     lines = ["type module >/dev/null 2>&1 || . /etc/profile"] if loads else []
     lines += [f"module use {shell_word(folder)} || exit 1" for folder in environment.modules_use]
@@ -152,12 +186,24 @@ def environment_lines(site: Site) -> list[str]:
     lines += [f"export {name}={shell_word(value)}" for name, value in environment.exports.items()]
     if environment.proxy:
         proxy = shlex.quote(environment.proxy)
-        lines += [f"export {name}={proxy}" for name in ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY")]
-    return lines
+        lines += [f"export {name}={proxy}" for name in PROXIES]
+    return [*lines, _passed_on(container.program, environment.exports)] if container.program else lines
+
+
+def _passed_on(program: str, exports: Iterable[str]) -> str:
+    """The line that lets the job's variables win over those of the image, and reach the program also with --cleanenv
+    (see "Environment and Metadata" in Apptainer's guide). PATH and the like are the image's own."""
+    names = ("PYTHONUNBUFFERED", "TOKENIZERS_PARALLELISM", "HF_HUB_OFFLINE", *PROXIES, *exports)
+    passed = " ".join(name for name in dict.fromkeys(names) if name not in ("PATH", "LD_LIBRARY_PATH", "HOME"))
+    export = f'export "{program.upper()}ENV_$name=${{!name}}"'
+    return f'for name in "${{!FLCTL_@}}" {passed}; do [ -z "${{!name+x}}" ] || {export}; done'
 
 
 def shell_word(text: str) -> str:
-    """One shell word in which $NAME, ${NAME} and a leading ~/ are the shell's and everything else means itself."""
+    """One shell word in which $NAME, ${NAME} and a leading ~/ are the shell's and everything else means itself; a Plain
+    one is nothing but itself."""
+    if isinstance(text, Plain):
+        return shlex.quote(text)
     if text == "~" or text.startswith("~/"):
         text = "$HOME" + text[1:]
     if "$" not in text:
@@ -167,11 +213,11 @@ def shell_word(text: str) -> str:
     return f'"{text}"'
 
 
-def clock(seconds: int) -> str:
-    """A walltime as schedulers write it: HH:MM:SS, or D-HH:MM:SS from a day on."""
-    days, rest = divmod(seconds, 86400)
+def clock(seconds: int, *, days: bool = True) -> str:
+    """A walltime as schedulers write it: HH:MM:SS, or D-HH:MM:SS from a day on; PBS knows no `days`."""
+    day, rest = divmod(seconds, 86400) if days else (0, seconds)
     text = f"{rest // 3600:02d}:{rest // 60 % 60:02d}:{rest % 60:02d}"
-    return f"{days}-{text}" if days else text
+    return f"{day}-{text}" if day else text
 
 
 def _rendered(line: str, values: Mapping[str, Value]) -> list[str]:

@@ -2,7 +2,7 @@
 """Owns the batch queue of a machine that has none: jobs as detached processes that hold a lock on their folder.
 
     batch.py submit --name NAME --walltime SECONDS [--warn SECONDS] JOB.SH   prints an id
-    batch.py list RUNS                                                       id|state|submitted|started|ends|reason|name
+    batch.py list RUNS                                                       one line per job, see list_jobs
     batch.py cancel RUNS --name NAME
 
 A job holds an exclusive lock on `<its folder>/lock`, inherited by all it starts, until the last of them ends: the lock
@@ -36,7 +36,7 @@ def folder_lock(folder):
 
 
 def read_card(folder):
-    """What is known of the job in a folder: {id, name, submitted, ends, group, state, reason}, or None."""
+    """What is known of the job in a folder: {id, name, submitted, ends, group, state, reason, ended}, or None."""
     try:
         with open(os.path.join(folder, "job.card")) as file:
             return json.load(file)
@@ -115,6 +115,7 @@ def supervise(options, folder, lock, writer):
         card.update(state="CANCELLED", reason="cancelled by name")
     if card["state"] == "RUNNING":
         card.update(state="COMPLETED" if status == 0 else "FAILED", reason="exit status %d" % status)
+    card["ended"] = time.time()
     write_card(folder, card)
 
 
@@ -140,6 +141,7 @@ def watch(child, card, folder, warn):
             kill_at = now + GRACE
             card.update(state="CANCELLED", reason="cancelled by name")
         if kill_at is not None and now >= kill_at:
+            card["ended"] = now
             write_card(folder, card)
             os.killpg(card["group"], signal.SIGKILL)
         time.sleep(0.05)
@@ -162,10 +164,12 @@ def jobs_below(runs):
 
 
 def list_jobs(options):
+    """id|STATE|submitted|started|ends|elapsed|reason|name of each job; empty where nobody wrote down when it ended."""
     for _, card, alive in jobs_below(options.runs):
         state = card["state"]
         if not alive and state == "RUNNING":
             state = "LOST"
+        ended = card.get("ended", time.time() if state == "RUNNING" else None)
         print(
             "|".join(
                 [
@@ -174,6 +178,7 @@ def list_jobs(options):
                     "%d" % card["submitted"],
                     "%d" % card["submitted"],
                     "%d" % card["ends"],
+                    "" if ended is None else "%.1f" % (ended - card["submitted"]),
                     card["reason"],
                     card["name"],
                 ]

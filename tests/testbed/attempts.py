@@ -12,17 +12,17 @@ class Attempts:
     logins: int  # sessions that were let in
     keys: int  # keys and certificates accepted, be it as the first of two steps
     failed_keys: int
-    codes: int  # one-time codes accepted
+    codes: int  # one-time codes, with or without a password, accepted
     failed_codes: int
 
 
 _LINES = {
     "connections": r"^Connection from ",
-    "logins": r"^Accepted (?:publickey|keyboard-interactive/pam) for ",
+    "logins": r"^Accepted (?:publickey|keyboard-interactive/pam|password) for ",
     "keys": r"^(?:Accepted|Partial) publickey for ",
     "failed_keys": r"^Failed publickey for ",
-    "codes": r"^(?:Accepted|Partial) keyboard-interactive/pam for ",
-    "failed_codes": r"^Failed keyboard-interactive/pam for ",
+    "codes": r"^(?:Accepted|Partial) (?:keyboard-interactive/pam|password) for ",
+    "failed_codes": r"^Failed (?:keyboard-interactive/pam|password) for ",
 }
 # Keys found acceptable are "Accepted key ..." and no outcome.
 _OUTCOME = (

@@ -1,15 +1,15 @@
-"""A real OpenSSH server on a loopback address: own host key, own account, key, key and one-time code, or certificate.
+"""A real OpenSSH server on a loopback address: own host key, own account, and one of the ways to log in.
 
 with Sshd(name="leonardo", address="127.0.0.11", port=2211, user="flctl-leo", kind="key+totp") as server:
-    server.client_key, server.totp_secret, server.known_hosts_line, server.attempts()
+    server.client_key, server.totp_secret, server.password, server.known_hosts_line, server.attempts()
 """
 
-import base64
 import contextlib
 import os
 import re
 import secrets
 import shutil
+import subprocess
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -17,9 +17,10 @@ from typing import Literal, Self
 
 from .accounts import Account, account
 from .attempts import Attempts, count, under_way
+from .pam import NOTHING, Conversation, base32, secret_in
 from .procs import STATE, Daemon, TestbedError, call, wait_until
 
-Kind = Literal["key", "certificate", "key+totp"]
+Kind = Literal["key", "certificate", "key+totp", "password+totp", "totp"]
 PROGRAM = "/usr/sbin/sshd"
 __all__ = ["Attempts", "Kind", "Sshd", "remove"]
 
@@ -30,6 +31,11 @@ class Sshd:
     `user` is made if it does not exist. `client_key` is a private key that the server accepts (kind "certificate": with
     its certificate beside it); `authorize` adds others. Codes: a `period` of 30 or 60 s is checked by pam_oath, which
     knows no other; any other by pam_google_authenticator. Both refuse a code used before.
+
+    Kind "password+totp": keyboard-interactive asks for the account's password, then a code; "totp": for a code only.
+    `plain_prompt`: the code of kind "totp" is asked for as "Password: ". `combined`: password and code are asked for
+    with one question. `method`: "password" offers that method of SSH instead of keyboard-interactive.
+    `host_certificate`: the host key is shown with a certificate of the server's own authority (`certify_host`).
     """
 
     def __init__(
@@ -44,10 +50,16 @@ class Sshd:
         options: Sequence[str] = (),
         period: int = 30,
         shell: str = "/bin/bash",
+        plain_prompt: bool = False,
+        combined: bool = False,
+        method: Literal["keyboard-interactive", "password"] = "keyboard-interactive",
+        host_certificate: bool = False,
     ) -> None:
         self.name, self.address, self.port, self.kind = name, address, port, kind
         self.user, self.period, self.digits, self.shell = user, period, 6, shell
         self.environment, self.options = dict(environment or {}), tuple(options)
+        self.plain_prompt, self.combined, self.method = plain_prompt, combined, method
+        self.host_certificate = host_certificate
         self.folder = STATE / "sshd" / name
         self.service = f"flctl-sshd-{name}"
         self.log = self.folder / "log"
@@ -58,11 +70,11 @@ class Sshd:
         return account(self.user, shell=self.shell)
 
     def start(self, *, fresh: bool = False) -> Self:
-        """Start it if it does not run. `fresh`: an empty log, a new secret for codes, no key but client_key."""
+        """Start it if it does not run. `fresh`: an empty log, new secrets, no key but client_key."""
         if self.running:
             return self
         if fresh:
-            for path in (self.log, self._authorized_keys, self._codes):
+            for path in (self.log, self._authorized_keys, self._codes, self._password):
                 path.unlink(missing_ok=True)
         self._lay_out()
         known = self.mark()
@@ -81,6 +93,7 @@ class Sshd:
         self.stop()
         if new_host_key:
             self._host_key.unlink()
+            self._host_key.with_name("host_key-cert.pub").unlink(missing_ok=True)
         self.start()
 
     @property
@@ -112,8 +125,24 @@ class Sshd:
     @property
     def totp_secret(self) -> str:
         """The account's secret for one-time codes, base32 as an enrolment shows it."""
-        text = self._codes.read_text()
-        return _base32(bytes.fromhex(text.split()[3])) if text.startswith("HOTP/") else text.split()[0]
+        return secret_in(self._codes.read_text())
+
+    @property
+    def password(self) -> str:
+        """The account's password; only kind "password+totp" sets one."""
+        return self._password.read_text()
+
+    @property
+    def host_authority_line(self) -> str:
+        """A line of a known_hosts file that trusts the host keys which this server's authority certified."""
+        key = " ".join(self._host_authority.with_suffix(".pub").read_text().split()[:2])
+        return f"@cert-authority [{self.address}]:{self.port} {key}\n"
+
+    def certify_host(self, *, principals: str = "", validity: str = "-1m:+1h") -> None:
+        """Sign the host key, for the server's address unless said otherwise; `restart` shows the new certificate."""
+        words = ["ssh-keygen", "-q", "-s", str(self._host_authority), "-I", self.name, "-h"]
+        words += ["-n", principals or self.address, "-V", validity]
+        call([*words, str(self._host_key.with_suffix(".pub"))])
 
     def authorize(self, public_key: str) -> None:
         """Let this public key in as well (not for kind "certificate")."""
@@ -145,21 +174,26 @@ class Sshd:
         """Give the account a new secret (base32), so that no test waits for a step that an earlier one has not used."""
         self.period, self.digits = period or self.period, digits
         secret = secrets.token_bytes(secret_bytes)
-        if self.period in (30, 60):
-            module = f"pam_oath.so usersfile={self._codes} window=1 digits={digits}"
-            codes = f"HOTP/T{self.period}/{digits} {self.user} - {secret.hex()}\n"
-        else:
-            # user=root: its file is the server's, not the account's.
-            module = f"pam_google_authenticator.so secret={self._codes} user=root"
-            codes = f'{_base32(secret)}\n" WINDOW_SIZE 3\n" DISALLOW_REUSE\n" TOTP_AUTH\n" STEP_SIZE {self.period}\n'
-            if digits != 6:
-                raise TestbedError("codes of 8 digits need a period of 30 or 60 s")
-        _write(self._codes, codes, 0o600)
-        # PAM reads its file at each login: a running server need not be told.
-        _write(
-            self._pam, f"auth required {module}\naccount required pam_unix.so\nsession required pam_permit.so\n", 0o644
+        conversation = Conversation(
+            codes=self._codes,
+            user=self.user,
+            period=self.period,
+            digits=digits,
+            password=self.kind == "password+totp",
+            combined=self.combined,
+            plain=self.plain_prompt,
         )
-        return _base32(secret)
+        _write(self._codes, conversation.secret(secret), 0o600)
+        # PAM reads its file at each login: a running server need not be told.
+        _write(self._pam, conversation.service, 0o644)
+        return base32(secret)
+
+    def reset_password(self) -> str:
+        """Give the account a new password; it is that of every server of this account."""
+        _write(self._password, secrets.token_urlsafe(12), 0o600)
+        words = f"{self.user}:{self.password}\n"
+        subprocess.run(["chpasswd"], input=words, text=True, check=True, capture_output=True)
+        return self.password
 
     def mark(self) -> int:
         """A place in the log, for `since`."""
@@ -192,6 +226,14 @@ class Sshd:
         return self.folder / "user_ca"
 
     @property
+    def _host_authority(self) -> Path:
+        return self.folder / "host_ca"
+
+    @property
+    def _password(self) -> Path:
+        return self.folder / "password"
+
+    @property
     def _authorized_keys(self) -> Path:
         return self.folder / "authorized_keys"
 
@@ -215,44 +257,46 @@ class Sshd:
         self.folder.mkdir(mode=0o755, parents=True, exist_ok=True)
         Path("/run/sshd").mkdir(mode=0o755, exist_ok=True)
         account(self.user, shell=self.shell)
-        for key in (self._host_key, self._authority, self.client_key):
+        for key in (self._host_key, self._authority, self._host_authority, self.client_key):
             if not key.exists():
                 key.with_suffix(".pub").unlink(missing_ok=True)
                 call(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-C", f"{self.name} {key.name}", "-f", str(key)])
         public = self.client_key.with_suffix(".pub")
         if self.kind == "certificate":
             self.certify(public)
+        if self.host_certificate and not self._host_key.with_name("host_key-cert.pub").exists():
+            self.certify_host()
+        if self.kind == "password+totp" and not self._password.exists():
+            self.reset_password()
         if not self._authorized_keys.exists():
             _write(self._authorized_keys, public.read_text(), 0o644)
-        if self.kind == "key+totp" and not self._codes.exists():
+        if "totp" not in self.kind:
+            _write(self._pam, NOTHING, 0o644)
+        elif not self._codes.exists():
             self.reset_codes()
-        elif self.kind != "key+totp":
-            _write(
-                self._pam,
-                "auth required pam_deny.so\naccount required pam_unix.so\nsession required pam_permit.so\n",
-                0o644,
-            )
         program = self.folder / self.service
         program.unlink(missing_ok=True)
         program.symlink_to(PROGRAM)
         _write(self.folder / "config", self._config(), 0o644)
 
     def _config(self) -> str:
-        both = self.kind == "key+totp"
         certificate = self.kind == "certificate"
+        asked = "keyboard-interactive:pam" if self.method == "keyboard-interactive" else "password"
+        methods = {"key+totp": f"publickey,{asked}", "password+totp": asked, "totp": asked}.get(self.kind, "publickey")
         variables = " ".join(f"{name}={value}" for name, value in self.environment.items())
         return "\n".join(
             (
                 *self.options,  # first: sshd takes the first value of a keyword
                 f"ListenAddress {self.address}:{self.port}",
                 f"HostKey {self._host_key}",
+                *([f"HostCertificate {self._host_key}-cert.pub"] if self.host_certificate else []),
                 "PidFile none",
                 "LogLevel VERBOSE",
                 f"AllowUsers {self.user}",
                 "UsePAM yes",
-                f"AuthenticationMethods {'publickey,keyboard-interactive:pam' if both else 'publickey'}",
-                f"KbdInteractiveAuthentication {'yes' if both else 'no'}",
-                "PasswordAuthentication no",
+                f"AuthenticationMethods {methods}",
+                f"KbdInteractiveAuthentication {'yes' if 'keyboard' in methods else 'no'}",
+                f"PasswordAuthentication {'yes' if 'password' in methods.split(',') else 'no'}",
                 f"AuthorizedKeysFile {'none' if certificate else self._authorized_keys}",
                 f"TrustedUserCAKeys {self._authority.with_suffix('.pub') if certificate else 'none'}",
                 "PrintMotd no",
@@ -264,10 +308,6 @@ class Sshd:
                 "",
             )
         )
-
-
-def _base32(secret: bytes) -> str:
-    return base64.b32encode(secret).decode().rstrip("=")
 
 
 def _write(path: Path, text: str, mode: int) -> None:

@@ -115,7 +115,7 @@ def scheduler_of(site: Site, payload: str) -> Scheduler:
     from flctl.facility.scheduler import local, slurm
 
     if site.scheduler.kind == "slurm":
-        return slurm.Slurm(accounted_for=site.scheduler.accounting)
+        return slurm.Slurm(accounted_for=site.scheduler.accounting, one_partition="," not in site.shape.partition)
     if site.scheduler.kind == "pbs":
         from flctl.facility.scheduler import pbs
 

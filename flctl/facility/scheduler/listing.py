@@ -1,4 +1,4 @@
-"""Owns the one listing format: `id|STATE|submitted|started|ends|reason|name`, a job per line, the name last."""
+"""Owns the one listing format: `id|STATE|submitted|started|ends|elapsed|reason|name`, a job per line, the name last."""
 
 import re
 from collections.abc import Callable, Iterator
@@ -23,14 +23,14 @@ def _records(stdout: str) -> Iterator[list[str]]:
     current: list[str] | None = None
     for line in stdout.splitlines():
         if match := RECORD.fullmatch(line):
-            fields = [match[1], *match[2].split("|", 5)]
-            if len(fields) != 7:
+            fields = [match[1], *match[2].split("|", 6)]
+            if len(fields) != 8:
                 raise QueryFailed(f"a line of the listing is cut off: {line[:200]!r}")
             if current is not None:
                 yield current
             current = fields
         elif current is not None:
-            current[6] += "\n" + line
+            current[7] += "\n" + line
         elif line.strip():
             raise QueryFailed(f"not a listing of jobs: {line[:200]!r}")
     if current is not None:
@@ -38,7 +38,7 @@ def _records(stdout: str) -> Iterator[list[str]]:
 
 
 def _job(fields: list[str], activity: Callable[[str], Activity]) -> Seen:
-    job_id, words, submitted, starts, ends, reason, name = fields
+    job_id, words, submitted, starts, ends, elapsed, reason, name = fields
     state = words.split(" ")[0].rstrip("+").upper()
     if not state:
         raise QueryFailed(f"the listing gives no state of job {job_id}")
@@ -53,8 +53,20 @@ def _job(fields: list[str], activity: Callable[[str], Activity]) -> Seen:
         started_at=None if kind == Activity.WAITING else _moment(starts),
         expected_start=_moment(starts) if kind == Activity.WAITING else None,
         expected_end=None if kind == Activity.ENDED else _moment(ends),
+        elapsed=None if kind == Activity.WAITING else duration(elapsed),
         reason="; ".join(note for note in notes if note),
     )
+
+
+def duration(text: str) -> float | None:
+    """Seconds of `N`, `MM:SS`, `HH:MM:SS` or `D-HH:MM:SS`, as Slurm prints them (squeue(1), sacct(1)); else None."""
+    if re.fullmatch(r"[0-9]+(?:\.[0-9]+)?", text, re.ASCII):
+        return float(text)
+    match = re.fullmatch(r"(?:(?:([0-9]+)-)?([0-9]+):)?([0-9]+):([0-9]{2})", text, re.ASCII)
+    if match is None:
+        return None
+    days, hours, minutes, seconds = (int(part or 0) for part in match.groups())
+    return days * 86400.0 + hours * 3600 + minutes * 60 + seconds
 
 
 def _moment(text: str) -> float | None:

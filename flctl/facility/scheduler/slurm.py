@@ -3,12 +3,17 @@
 import re
 import shlex
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from flctl.facility.scheduler import Activity, Estimate, QueryFailed, QueueSeen, Seen, listing
 
 ME = '--user="$(id -un)"'
 """`--me` came with Slurm 20.02 (squeue) and 22.05 (scancel); this is as good and older."""
+
+FORMAT = "%i|%T|%V|%S|%e|%M|%r|%j"
+"""As listing reads it. %S of a job that waits is Slurm's estimate; %M is the time that it ran, without suspensions."""
+
+NODES = r"infinite|[0-9]+(?:-(?:[0-9]+|infinite))?"
 
 FILTERS = "SQUEUE_ACCOUNT SQUEUE_FORMAT2 SQUEUE_LICENSES SQUEUE_NAMES SQUEUE_PARTITION SQUEUE_QOS SQUEUE_USERS"
 """Variables of the user's own that would hide jobs from the listing."""
@@ -59,9 +64,26 @@ DEFINITE = re.compile(
 """The job was refused: an option, or the controller's words (slurm_errno.c)."""
 
 
+NEVER = re.compile(
+    r"DependencyNeverSatisfied|BadConstraints|ReservationDeleted|MaxMemPerLimit"
+    r"|InvalidAccount|InvalidQOS|AccountNotAllowed|QOSNotAllowed"
+    r"|(?:QOS|Assoc)Max\w+(?:PerJob|PerNode)(?:Limit)?|QOSMin\w+"
+)
+"""Reasons of a pending job for which no other job's end, no node's return and no time is a remedy
+(slurm.schedmd.com/job_reason_codes.html): what it asks for, against what one job may have. Not PartitionNodeLimit and
+PartitionConfig, which mean nodes that are down as well, nor limits that jobs share (PerUser, PerAccount, Grp), nor
+holds."""
+
+NEVER_THERE = re.compile(r"PartitionTimeLimit")
+"""The same, of one partition: where a job may choose among several it says nothing of the others."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Slurm:
+    """`one_partition`: jobs name one partition, or leave it to Slurm."""
+
     accounted_for: bool = True
+    one_partition: bool = True
 
     def submit(self, script: str, token: str) -> str:
         return f"sbatch --parsable --no-requeue --job-name={shlex.quote(token)} {shlex.quote(script)}"
@@ -79,20 +101,24 @@ class Slurm:
 
     def queue(self) -> str:
         """-a: hidden partitions too. Times as Unix seconds, since only the site knows the zone of its local time."""
-        return f"(unset {FILTERS}; SLURM_TIME_FORMAT=%s squeue -h -a -t all {ME} -o '%i|%T|%V|%S|%e|%r|%j')"
+        return f"(unset {FILTERS}; SLURM_TIME_FORMAT=%s squeue -h -a -t all {ME} -o '{FORMAT}')"
 
     def seen(self, status: int, stdout: str, stderr: str) -> tuple[Seen, ...]:
         """An unknown user gets an empty listing and exit status 0, but an error on stderr."""
         if status != 0 or re.search(r"^(?:squeue|slurm_\w+)\b.*\b(?:error|fatal)\b", stderr, re.MULTILINE):
             raise QueryFailed(_words("squeue", status, stderr))
-        return listing.jobs(stdout, activity_of)
+        return tuple(self._judged(job) for job in listing.jobs(stdout, activity_of))
+
+    def _judged(self, job: Seen) -> Seen:
+        hopeless = NEVER.fullmatch(job.reason) or (self.one_partition and NEVER_THERE.fullmatch(job.reason))
+        return replace(job, never=job.reason) if hopeless and job.activity == Activity.WAITING else job
 
     def accounting(self, tokens: Sequence[str]) -> str | None:
         """Without a start time sacct looks at today only. -X: jobs, not their steps."""
         if not self.accounted_for:
             return None
         names = shlex.quote(",".join(tokens))
-        fields = "JobID,State,Submit,Start,End,ExitCode,JobName"
+        fields = "JobID,State,Submit,Start,End,ElapsedRaw,ExitCode,JobName"
         return f"SLURM_TIME_FORMAT=%s sacct -n -P -X -S now-30days --name={names} --format={fields}"
 
     def accounted(self, status: int, stdout: str, stderr: str) -> tuple[Seen, ...] | None:
@@ -110,23 +136,57 @@ class Slurm:
         return "squeue --version"
 
     def trial(self, script: str) -> str | None:
-        """sbatch tells local time without its zone: UTC it is, then."""
-        return f"TZ=UTC sbatch --test-only {shlex.quote(script)}"
+        """Times as Unix seconds, as in `queue`."""
+        return f"SLURM_TIME_FORMAT=%s sbatch --test-only {shlex.quote(script)}"
 
     def estimate(self, status: int, stdout: str, stderr: str) -> Estimate:
-        raise QueryFailed("not yet")
+        """`sbatch: Job 1 to start at TIME using ...`. Where EnforcePartLimits is off, as by default, it tells a start
+        also for a job that its partition's limits will keep waiting: those are in `queues`."""
+        found = re.search(r"^sbatch: Job [0-9]+ to start at ([0-9]+) using ", stderr, re.MULTILINE | re.ASCII)
+        if status == 0 and found:
+            return Estimate(start=float(found[1]))
+        words = re.findall(r"^(?:sbatch: (?:error|fatal)|allocation failure): .+", stderr, re.MULTILINE)
+        if status in (0, 255) or not words or DOUBTFUL.search(stderr):
+            raise QueryFailed(_words("sbatch --test-only", status, stderr))
+        return Estimate(refusal="; ".join(words)[:500])
 
     def queues(self) -> str | None:
-        return "sinfo -h -a -o '%R|%a|%l|%s'"
+        """-a: hidden partitions too."""
+        return "(unset SINFO_PARTITION; sinfo -h -a --noconvert -o '%R|%a|%l|%s')"
 
     def queues_seen(self, status: int, stdout: str, stderr: str) -> tuple[QueueSeen, ...]:
-        raise QueryFailed("not yet")
+        """`batch|up|1-00:00:00|1-infinite`: name, state, time limit, nodes of a job. A partition that is down takes
+        jobs and starts none; one that drains takes none."""
+        rows = [line.split("|") for line in stdout.splitlines() if line.strip()]
+        if status != 0 or any(len(row) != 4 or not re.fullmatch(NODES, row[3], re.ASCII) for row in rows):
+            raise QueryFailed(_words("sinfo", status, stderr or stdout))
+        found: dict[str, QueueSeen] = {}
+        for name, state, limit, nodes in rows:
+            least, _, most = nodes.partition("-")
+            walltime = listing.duration(limit)
+            seen = QueueSeen(
+                name=name,
+                open=state == "up",
+                max_walltime=None if walltime is None else int(walltime),
+                min_nodes=int(least) if least.isdigit() else None,
+                max_nodes=int(most or least) if (most or least).isdigit() else None,
+            )
+            found.setdefault(name, seen)
+        return tuple(found.values())
 
     def accounts(self) -> str | None:
-        return None
+        if not self.accounted_for:
+            return None
+        return 'sacctmgr -n -P show associations where user="$(id -un)" format=Account'
 
     def accounts_seen(self, status: int, stdout: str, stderr: str) -> tuple[str, ...] | None:
-        return None
+        """Those of every cluster that shares the site's database, a name per line and partition."""
+        if re.search(r"not running a supported accounting_storage|sacctmgr[^\n]*not found", stderr, re.IGNORECASE):
+            return None
+        names = [line.strip() for line in stdout.splitlines() if line.strip()]
+        if status != 0 or not all(re.fullmatch(r"[\w.@+-]+", name) for name in names):
+            raise QueryFailed(_words("sacctmgr", status, stderr or stdout))
+        return tuple(sorted(set(names)))
 
 
 def activity_of(state: str) -> Activity:

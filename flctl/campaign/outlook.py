@@ -1,0 +1,279 @@
+"""Owns what a plan means for each of its sites before anything costs node-hours: resources, limits, budgets, bytes,
+logins, space. Records and profiles alone are read; what a site itself said comes as `Told`."""
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from fnmatch import fnmatch
+
+from flctl.campaign import budget
+from flctl.campaign.access import expected_logins
+from flctl.campaign.config import BudgetTable, Configuration, load_profile
+from flctl.campaign.contacts import failure_of
+from flctl.campaign.foresight import limits_broken
+from flctl.campaign.workspace import Workspace
+from flctl.errors import BudgetRefused, FlctlError
+from flctl.facility import limits
+from flctl.facility.certificates import clock
+from flctl.facility.probe import Want
+from flctl.facility.profile import Site
+from flctl.records import Contact, Failure, Plan, Stage
+
+ROOM = 3
+"""A site must have room for so many times the model: the base, the run's output, and one more for what is under way
+(the next base beside this one, the partial files of a transfer, a second attempt)."""
+FOLDERS = 40
+"""Files of a run's folder, the payload and the like, besides those of the models."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Told:
+    """What a site said when it was asked for a plan, if it was `asked`. `start`: when a job submitted then would begin
+    (Unix seconds), the scheduler's estimate; `balance`: what the site's own command for it says; `note`: why something
+    was not asked or not told."""
+
+    asked: bool = False
+    start: float | None = None
+    balance: str = ""
+    note: str = ""
+    problems: tuple[Failure, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Outlook:
+    """A plan at one site. `walltime` in seconds, node-hours as the site charges them, `*_round` of one round at most,
+    the first one left out of `bytes_out` where the newest model is there already (`resident`); `free` and `need` in
+    bytes, `login_until` and `start` in Unix seconds."""
+
+    site: str
+    jobs: int
+    nodes: int
+    gpus: int
+    walltime: int
+    queue: str
+    account: str
+    node_hours_round: float
+    node_hours_plan: float
+    used: float
+    reserved: float
+    budget: float
+    bytes_out: int
+    bytes_in: int
+    resident: bool
+    logins: int
+    login_until: float | None
+    free: int | None
+    need: int
+    purge_days: int
+    told: Told = field(default_factory=Told)
+    notes: tuple[str, ...] = ()
+    problems: tuple[Failure, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Matter:
+    """What a forecast is about; `now` in Unix seconds."""
+
+    workspace: Workspace
+    configuration: Configuration
+    plan: Plan
+    now: float
+
+    @property
+    def models(self) -> int:
+        """How many are still to be made."""
+        return models_left(self.workspace, self.plan)
+
+    @property
+    def names(self) -> list[str]:
+        """The plan's sites, and the one that merges."""
+        place = self.configuration.aggregation.aggregate_at
+        return [*self.plan.sites, *([place] if place and place not in self.plan.sites else [])]
+
+
+def forecast(matter: Matter, told: Mapping[str, Told]) -> tuple[Outlook, ...]:
+    """What the plan means for each site, with every limit that it breaks."""
+    return tuple(_at(matter, load_profile(matter.workspace, name), told.get(name, Told())) for name in matter.names)
+
+
+def whole_budget(matter: Matter) -> list[Failure]:
+    """That the campaign's own budget has no room for a first round of all sites, if so."""
+    workspace, most = matter.workspace, matter.configuration.budget.max_node_hours
+    if not most or any(run.open for run in workspace.runs()):
+        return []
+    sites = [load_profile(workspace, name) for name in matter.names]
+    asked = sum(first_hours(matter.configuration, matter.plan, site) for site in sites)
+    used = budget.used(workspace)
+    if used + asked <= most * (1 + 1e-9):
+        return []
+    words = f"budget: {used:.4g} of {most:.4g} node-hours are used, and {asked:.4g} are asked for by all sites together"
+    return [failure_of(BudgetRefused(words, hint="raise budget.max_node_hours in flctl.toml"))]
+
+
+def _at(matter: Matter, site: Site, told: Told) -> Outlook:
+    workspace, name, shape = matter.workspace, site.name, site.shape
+    resident, contact = is_resident(workspace, name), workspace.contact(name)
+    jobs = jobs_of_round(matter.configuration, matter.plan.sites, name)
+    hours = jobs * budget.node_hours(site)
+    out, back = bytes_of_round(workspace, matter.configuration, matter.plan.sites, name)
+    want = want_of(workspace, matter.configuration, site, matter.plan)
+    until, doubts = _login_until(site, contact)
+    held = site.login.hold > 0 and until is not None and until > matter.now
+    view = Outlook(
+        site=name,
+        jobs=jobs,
+        nodes=shape.nodes,
+        gpus=shape.gpus,
+        walltime=shape.walltime,
+        queue=limits.named(site, matter.now),
+        account=shape.account,
+        node_hours_round=hours,
+        node_hours_plan=hours * matter.models,
+        used=budget.used(workspace, name),
+        reserved=budget.reserved(workspace, name),
+        budget=site.budget.max_node_hours,
+        bytes_out=out,
+        bytes_in=back,
+        resident=resident,
+        logins=expected_logins(site, held=held),
+        login_until=until,
+        free=contact.free,
+        need=want.size,
+        purge_days=site.storage.purge_days,
+        told=told,
+    )
+    notes = (*([told.note] if told.note else ()), *doubts, *_notes(matter, site, view, want))
+    return replace(view, notes=notes, problems=(*_problems(matter, site, view), *told.problems))
+
+
+def _problems(matter: Matter, site: Site, view: Outlook) -> list[Failure]:
+    errors: list[FlctlError] = []
+    under_way = any(run.open for run in matter.workspace.runs(site.name))  # that was admitted
+    own = replace(matter.configuration, budget=BudgetTable())  # the campaign's is for all sites together
+    reason = budget.would_exceed(matter.workspace, own, site, first_hours(matter.configuration, matter.plan, site))
+    if reason and not under_way:
+        errors.append(BudgetRefused(reason, hint=f"raise budget.max_node_hours in sites/{site.name}.toml"))
+    if view.free is not None and view.free < view.need:
+        words = f"{limits.size(view.free)} are free there, a round wants {limits.size(view.need)} ({ROOM} x the model)"
+        errors.append(BudgetRefused(words, hint="make room there; flctl plan asks the site again"))
+    return [*limits_broken(matter.workspace, site, matter.now), *(failure_of(error) for error in errors)]
+
+
+def first_hours(configuration: Configuration, plan: Plan, site: Site) -> float:
+    """Node-hours of what must be admitted for a model to be made: training and merge, not the evaluation after it."""
+    asked = (site.name in plan.sites) + (configuration.aggregation.aggregate_at == site.name)
+    return asked * budget.node_hours(site)
+
+
+def _notes(matter: Matter, site: Site, view: Outlook, want: Want) -> list[str]:
+    notes, room = [], view.budget - view.used - view.reserved
+    if view.budget and view.node_hours_round <= room < view.node_hours_plan:
+        rounds = f"{int(room / view.node_hours_round)} of {limits.count(matter.models, 'round')}"
+        notes.append(f"the budget has room for {rounds} if each job takes its whole walltime")
+    until = None if site.login.renew_unattended else view.login_until
+    if until is not None and matter.now < until < matter.now + view.walltime:
+        ends = clock(until)
+        notes.append(f"the login is good until {ends}, and a job may run longer: flctl login {view.site} then")
+    if view.purge_days and want.seconds > view.purge_days * 86400:
+        notes.append(
+            f"the plan lasts {want.seconds / 86400:.0f} days or more, and files that nobody touches go after "
+            f"{view.purge_days}"
+        )
+    return notes
+
+
+def _login_until(site: Site, contact: Contact) -> tuple[float | None, list[str]]:
+    """Until when the login is good without a person, and what is to be said of it."""
+    if site.connection == "local" or site.login.kind != "certificate":
+        return contact.login_until, []
+    from flctl.facility.renewal import certificate_until
+
+    try:
+        until = certificate_until(site)
+    except FlctlError as error:
+        return None, [error.message]
+    return until, [] if until is not None else [f"no certificate is valid now: flctl login {site.name}"]
+
+
+def models_left(workspace: Workspace, plan: Plan) -> int:
+    return max(0, plan.target - workspace.newest_model().version)
+
+
+def jobs_of_round(configuration: Configuration, sites: Sequence[str], name: str) -> int:
+    """Jobs at the site for one model: training, the others' contributions evaluated, the merge."""
+    trains = name in sites
+    evaluates = trains and configuration.evaluation.cross
+    return trains + evaluates + (configuration.aggregation.aggregate_at == name)
+
+
+def bytes_of_round(
+    workspace: Workspace, configuration: Configuration, sites: Sequence[str], name: str
+) -> tuple[int, int]:
+    """Bytes to the site and back for one model: the base there, weights like the base's back; where sites evaluate each
+    other or one of them merges, also the others' weights there. A rule's state, which only merges know, is left out."""
+    files = workspace.model_record(workspace.newest_model().version)["files"]
+    whole = sum(item["size"] for item in files)
+    weights = sum(
+        item["size"] for item in files if any(fnmatch(item["path"], kind) for kind in configuration.fetch.kinds)
+    )
+    others, trains = len([site for site in sites if site != name]), name in sites
+    out, back = whole, weights if trains else 0
+    if configuration.aggregation.aggregate_at == name:
+        out, back = out + others * weights, back + weights
+    elif trains and configuration.evaluation.cross:
+        out += others * weights
+    return out, back
+
+
+def is_resident(workspace: Workspace, name: str) -> bool:
+    """Whether the newest model is at the site already, as far as the records tell."""
+    newest = workspace.newest_model().version
+    return any(
+        run.stage != Stage.ORDERED
+        and (run.order.base == newest or any(subject.name == f"{newest:04d}" for subject in run.order.subjects))
+        for run in workspace.runs(name)
+        if run.stage != Stage.FAILED
+    )
+
+
+def want_of(workspace: Workspace, configuration: Configuration, site: Site, plan: Plan | None) -> Want:
+    """The room that a round needs at the site: ROOM x the model, less the base if it is there, and at the site that
+    merges one more for each contribution; and how long the plan lasts at least."""
+    files = workspace.model_record(workspace.newest_model().version)["files"]
+    whole = sum(item["size"] for item in files)
+    copies = ROOM - is_resident(workspace, site.name)
+    if configuration.aggregation.aggregate_at == site.name:
+        copies += len(plan.sites if plan else workspace.profiles)
+    seconds = models_left(workspace, plan) * site.shape.walltime if plan else 0
+    return Want(size=copies * whole, files=copies * len(files) + FOLDERS, seconds=seconds)
+
+
+def resources(view: Outlook) -> str:
+    """`4 nodes x 8 GPUs for 6:00:00 in batch`."""
+    gpus = f" x {limits.count(view.gpus, 'GPU')}" if view.gpus else ""
+    where = f" in {view.queue}" if view.queue else ""
+    return f"{limits.count(view.nodes, 'node')}{gpus} for {limits.clock(view.walltime)}{where}"
+
+
+def hours(view: Outlook) -> str:
+    """`4 node-hours a round at most, 12.3 of 100 used`."""
+    used = f"{view.used:.4g} of {view.budget:.4g} used" if view.budget else f"{view.used:.4g} used"
+    return f"{view.node_hours_round:.4g} node-hours a round at most, {used}"
+
+
+def line(view: Outlook) -> str:
+    """The site in one line."""
+    there = "the model is there" if view.resident else f"{limits.size(view.bytes_out)} there"
+    words = [
+        resources(view),
+        hours(view),
+        f"{there}, {limits.size(view.bytes_in)} back",
+        limits.count(view.logins, "login"),
+    ]
+    return f"{view.site}: {'; '.join([*words, *view.notes])}"
+
+
+def brief(workspace: Workspace, configuration: Configuration, plan: Plan) -> list[str]:
+    """What `round` and `campaign start` say before they begin: a line per site, of what is remembered of it."""
+    matter = Matter(workspace=workspace, configuration=configuration, plan=plan, now=time.time())
+    return [line(view) for view in forecast(matter, {})]
