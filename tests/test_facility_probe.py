@@ -291,8 +291,8 @@ def test_what_stands_around_the_answers_is_noise_and_nothing_else_is() -> None:
     assert around(f"Welcome{frame}bye\n", program.nonce) == "Welcome bye"
     quiet = {"noise": Answer(status=0, stdout="", stderr="")}
     assert noise("", "", quiet).result == "ok"
-    assert (noise("Welcome", "", quiet).result, "scp cannot" in noise("Welcome", "", quiet).fix) == ("warn", True)
-    assert (noise("", "Welcome", quiet).result, "scp cannot" in noise("", "Welcome", quiet).fix) == ("warn", False)
+    assert (noise("Welcome", "", quiet).result, "by hand cannot" in noise("Welcome", "", quiet).fix) == ("warn", True)
+    assert (noise("", "Welcome", quiet).result, "by hand cannot" in noise("", "Welcome", quiet).fix) == ("warn", False)
 
 
 def test_every_answer_that_a_verdict_needs_is_asked_for() -> None:

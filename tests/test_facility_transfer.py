@@ -1,6 +1,7 @@
 """Moving files: over each road to a real sshd, and on this machine; whole, resumable, never more than asked for."""
 
 import hashlib
+import io
 import os
 import re
 import subprocess
@@ -23,7 +24,7 @@ from flctl.errors import (
     SiteUnreachable,
     TransferFailed,
 )
-from flctl.facility import login, openssh, over_ssh, rsync, transfer
+from flctl.facility import login, openssh, over_connection, over_ssh, rsync, transfer
 from flctl.facility.connection import Connection
 from flctl.facility.profile import Transfer
 from flctl.records import FileEntry
@@ -745,3 +746,13 @@ def test_whatever_logs_in_also_moves_files(tmp_path: Path, kind: str, monkeypatc
                 connection.push(tmp_path / "source", ["a"], there(fresh(server)))
                 assert connection.logins == 2
             assert server.attempts().logins == 2
+
+
+@pytest.mark.parametrize("size", [1, 7, 4096])
+def test_what_a_shell_prints_before_the_mark_never_reaches_rsync(size: int) -> None:
+    mark, content = b"0123456789abcdef", bytes(range(256)) * 3
+    stream = io.BytesIO(b"welcome 0123\n" * 1000 + b"\n" + mark + b"\n" + content)
+    receive = over_connection._after(mark, lambda most: stream.read(min(most, size)))
+    assert b"".join(iter(lambda: receive(1 << 17), b"")) == content
+    stream = io.BytesIO(b"no such command\n")
+    assert over_connection._after(mark, stream.read)(100) == b""

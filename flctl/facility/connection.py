@@ -128,18 +128,22 @@ class SshConnection:
         self._wire.close()
 
     def _road(self) -> "Carrier":
-        """How rsync gets there: over this connection where a login of its own would cost a code; else over ssh, which
-        is several times faster."""
+        """How rsync gets there: over this connection where a login of its own would cost a code, or where the shell
+        prints something before a command; else over ssh, which is several times faster."""
         from flctl.facility.over_connection import OverConnection
         from flctl.facility.over_ssh import OverSsh
 
         if self._carrier is None:
-            if shares(self.site, sparing=self.road.sparing):
+            if shares(self.site, sparing=self.road.sparing) or self._is_noisy():
                 self._carrier = OverConnection(self.site, self.road, self._wire)
             else:
                 self._carrier = OverSsh(self.site, self.road, partial(self._count, "files"))
         self._carrier.lock_fds = self.lock_fds
         return self._carrier
+
+    def _is_noisy(self) -> bool:
+        """Whether the shell that rsync would meet prints anything by itself."""
+        return transfer_place(self.site) == login_place(self.site) and bool(self.run(":").stdout)
 
     def _count(self, why: str, place: Place) -> None:
         with self._counting:

@@ -3,6 +3,7 @@
 import contextlib
 import io
 import os
+import secrets
 import socket
 import sys
 import threading
@@ -73,9 +74,10 @@ class OverConnection:
             command = b"".join(iter(lambda: link.recv(65536), b""))
             self._channel = channel = open_session(self._wire)
             try:
-                channel.exec_command(command)
+                mark = secrets.token_hex(16).encode()
+                channel.exec_command(b"printf '\\n%s\\n' " + mark + b"; exec " + command)
                 reader = threading.Thread(target=_up, args=(streams[0], channel), daemon=True)
-                status = _exchange(channel, reader, streams)
+                status = _exchange(channel, reader, streams, mark)
             finally:
                 channel.close()
         except Exception as error:  # whatever the library throws, rsync must hear that it is over
@@ -89,14 +91,30 @@ class OverConnection:
             stream.close()
 
 
-def _exchange(channel: Any, reader: threading.Thread, streams: list[io.FileIO]) -> int:
+def _exchange(channel: Any, reader: threading.Thread, streams: list[io.FileIO], mark: bytes) -> int:
     complaints = threading.Thread(target=_down, args=(channel.recv_stderr, streams[2]), daemon=True)
     reader.start()
     complaints.start()
-    _down(channel.recv, streams[1])
+    _down(_after(mark, channel.recv), streams[1])
     streams[1].close()
     complaints.join(timeout=5)
     return int(channel.recv_exit_status())
+
+
+def _after(mark: bytes, receive: Callable[[int], bytes]) -> Callable[[int], bytes]:
+    """The same stream without what a noisy shell prints before the mark, which rsync would take for the other rsync."""
+    noise: bytes | None = b""
+
+    def quiet(size: int) -> bytes:
+        nonlocal noise
+        while noise is not None and (data := receive(size)):
+            _, found, rest = (noise + data).partition(b"\n" + mark + b"\n")
+            noise = None if found else (noise + data)[-len(mark) - 2 :]
+            if rest:
+                return rest
+        return receive(size) if noise is None else b""
+
+    return quiet
 
 
 def _up(stream: io.FileIO, channel: Any) -> None:

@@ -127,7 +127,7 @@ def noise(stdout: str, stderr: str, answers: Mapping[str, Answer]) -> Check:
     """What shells print that were not asked to: outside the frames of the answers, and on stderr."""
     name, said = "shell noise", printable(f"{stdout} {stderr}", 120)
     if said:
-        harm = "rsync and scp cannot" if stdout.strip() else "so does rsync, as long as it is on stderr only"
+        harm = "scp and rsync by hand cannot" if stdout.strip() else "so does rsync, as long as it is on stderr only"
         fix = (
             "let ~/.bashrc and its like print nothing when the shell is not interactive (first line: case $- in *i*) ;;"
             f" *) return;; esac): flctl reads round it, {harm}"
