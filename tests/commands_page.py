@@ -39,7 +39,8 @@ Of several, the first of 130, 1, 3, 12, 4, 5, 9, 7, 6, 8, 11 counts. With `--jso
 that of `plan` `first`, `target`, `steps`, `privacy`, `scripts` (paths) and `sites` (each with `node_hours_round`, `node_hours_plan`, `used`,
 `budget`, `bytes_out`, `bytes_in`, `resident`, `logins`, `free`, `need`, `told`, `notes`, `problems`); that of `site list` `sites` (`name`, `title`,
 `login`, `person`, `scheduler`, `transfer`, `checked`, `questions`, `fill_in`, `path`); that of `site show` the same for one, with `shipped` and
-`profile` (all keys, times in seconds); that of `login --status` `connections` (`site`, `host`, `since`, `until`, `alive`).
+`profile` (all keys, times in seconds); that of `login --status` `connections` (`site`, `host`, `since`, `until`, `alive`); that of `site
+stage` `site` and `staged` (`name`, `path`, `files`, `size`, `sent`).
 """
 
 
