@@ -68,6 +68,8 @@ def test_partition_and_qos_each_charge_what_they_charge() -> None:
     assert budget.rate(a_site(Shape(nodes=2, queue="gpu"), queues)) == 4
     assert budget.rate(a_site(Shape(nodes=2, partition="unknown"), queues)) == 2
     assert budget.rate(a_site(Shape(nodes=2, partition="gpu", qos="gpu"), queues)) == 4, "one table, one charge"
+    assert budget.rate(a_site(Shape(nodes=2, partition="gpu,premium"), queues)) == 4, "the dearest that it may get"
+    assert budget.rate(a_site(Shape(nodes=2, partition="cheap,unknown"), {"cheap": Queue(charge=0.5)})) == 2
 
 
 def test_what_a_job_ran_is_used_and_what_it_may_still_run_is_reserved() -> None:

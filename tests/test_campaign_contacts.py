@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from flctl.campaign import contacts
+from flctl.campaign import contacts, deciding
 from flctl.campaign.engine import Engine
 from flctl.campaign.rounds import UNREACHABLE_PATIENCE, _stuck
 from flctl.campaign.workspace import Workspace
@@ -142,7 +142,7 @@ def test_all_jobs_of_a_site_are_asked_for_in_one_query(tmp_path: Path) -> None:
     engine = Engine(workspace=Workspace(campaign.place), runtime=tmp_path / "runtime")
     try:
         for version in (1, 2, 3):
-            engine.give(Order(site="brno", work=Work.TRAIN, base=0, round=version, steps=1))
+            deciding.give(engine, Order(site="brno", work=Work.TRAIN, base=0, round=version, steps=1))
         assert engine.advance("brno") and engine.errors == []
         assert [campaign.run("brno", number)["stage"] for number in (1, 2, 3)] == ["queued"] * 3
         log.write_text("")

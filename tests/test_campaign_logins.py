@@ -17,14 +17,17 @@ from flctl.campaign.access import RSYNCS, expected_logins
 from flctl.campaign.report import state_of
 from flctl.errors import LoginNeeded
 from flctl.facility.certificates import dates_in_file
-from flctl.facility.profile import Login, Scheduler, Shape, Site, Transfer
+from flctl.facility.openssh import login_place, transfer_place
+from flctl.facility.profile import Login, Scheduler, Shape, Site, Totp, Transfer
 from flctl.records import Contact, Held, Job, Order, Run, Stage, Work
+from tests import facilities_page
 from tests.ssh_campaigns import SshCampaign
 from tests.ssh_sites import agent, keygen
 from tests.terminals import Terminal
 from tests.testbed.sshd import Sshd
 
 USER = "flctl-cert-round"
+LOGINS = facilities_page.logins()
 SHORT = "-1s:+14s"
 """Long enough for one tick, over before the job is."""
 
@@ -325,6 +328,20 @@ def test_no_program_inherits_a_secret_that_another_profile_keeps_in_a_variable(
     assert "canary" not in (one.root / "env").read_text()
 
 
+def test_a_program_that_gives_one_secret_inherits_no_other(made: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    one = made()
+    text = (one.camp.place / "sites" / f"{one.name}.toml").read_text()
+    seen = one.root / "seen"
+    totp = '[login.totp]\nautomation = "permitted"\npermission = "here"\nsecret = "{}"\n\n[scheduler]'
+    for name, secret in (("asks", f"command:sh -c 'env >{seen}; exit 1'"), ("keeps", "env:OTHERS_SECRET")):
+        coded = text.replace(f'name = "{one.name}"', f'name = "{name}"').replace('"certificate"', '"key+totp"')
+        (one.camp.place / "sites" / f"{name}.toml").write_text(coded.replace("[scheduler]", totp.format(secret), 1))
+    monkeypatch.setenv("OTHERS_SECRET", "canary")
+    one.camp.json("auth", "test", "asks", code=3)
+    assert "PATH=" in seen.read_text()
+    assert "canary" not in seen.read_text()
+
+
 # Warnings
 
 
@@ -401,14 +418,16 @@ def test_the_warning_says_when_and_what_to_type() -> None:
 def test_nobody_is_warned_where_no_person_is_needed() -> None:
     site = replace(A_SITE, login=replace(A_SITE.login, renew="x", renew_unattended=True))
     assert not contacts.outlives(Contact(login_until=NOW + 5), site, [a_run(expected_end=NOW + 100)], NOW)
+    keyed = replace(A_SITE, login=Login(host="h", user="u", kind="key", hold=60))
+    assert not contacts.outlives(Contact(login_until=NOW + 5), keyed, [a_run(expected_end=NOW + 100)], NOW)
 
 
 def test_what_waits_for_a_person_is_held_and_says_how_it_goes_on() -> None:
     untried = LoginNeeded("the certificate ended at 12:10", hint="flctl login leonardo")
     untried.attempted = False
-    ended = contacts.failed(Contact(), untried, NOW)
+    ended = contacts.failed(Contact(login_until=NOW + 60), untried, NOW)
     refused = contacts.failed(Contact(), LoginNeeded("refused", hint="is it registered?"), NOW)
-    assert ended.held is None
+    assert ended.held is None and ended.login_until is None
     assert ended.due - NOW <= 10, "the next tick looks again"
     assert state_of(a_run(), ended) == "HELD: the certificate ended at 12:10"
     assert contacts.remedy_of("leonardo", ended) == "flctl login leonardo"
@@ -453,6 +472,26 @@ def test_a_round_makes_the_logins_that_were_expected(kind: str, keyed: Sshd, mov
         assert entries[1]["host"] == f"[{mover.address}]:{mover.port}"
 
 
+@pytest.mark.parametrize(
+    ("login", "expected"),
+    [
+        ({"multiplex": False}, LOGINS["key, one session per connection"]),
+        ({"interval": 1}, LOGINS["key, with `login.interval`"]),
+    ],
+)
+def test_two_rounds_make_the_logins_of_the_table(
+    login: dict[str, Any], expected: tuple[int, int], keyed: Sshd, tmp_path: Path
+) -> None:
+    camp = SshCampaign(tmp_path, keyed, **login)
+    since = keyed.mark()
+    try:
+        assert camp.json("round", "--rounds", "2")["data"]["done"]
+    finally:
+        camp.clear()
+    seen = keyed.attempts(since).logins
+    assert (seen, len(camp.logins(keyed.name)) - seen) == expected
+
+
 def _site(server: Sshd, transfer: Transfer, login: dict[str, Any]) -> Site:
     return Site(
         schema=1,
@@ -467,11 +506,26 @@ def _site(server: Sshd, transfer: Transfer, login: dict[str, Any]) -> Site:
 def test_a_jump_host_and_a_kept_connection_count() -> None:
     site = replace(A_SITE, login=Login(host="h", user="u"))
     jumped = replace(site, login=replace(site.login, proxy_jump="gate"))
-    coded = replace(site, login=replace(site.login, kind="key+totp"))
+    permitted = Totp(automation="permitted", permission="ticket", secret="env:X")
+    coded = replace(site, login=replace(site.login, kind="key+totp", totp=permitted))
     mover = replace(coded, transfer=Transfer(host="dm"))
     assert [expected_logins(one) for one in (site, jumped, coded, mover)] == [2, 4, 1, 2]
-    assert [expected_logins(one, held=True) for one in (coded, mover)] == [0, 1]
-    assert expected_logins(replace(site, connection="local")) == 0
+    there, files = login_place(mover), transfer_place(mover)
+    assert [expected_logins(one, {login_place(one)}) for one in (site, coded)] == [0, 0]
+    assert [expected_logins(mover, kept) for kept in ({there}, {files}, {there, files})] == [1, 2, 0]
+
+
+def test_where_a_person_logs_in_each_host_costs_one_login_whatever_the_rsyncs() -> None:
+    site = replace(A_SITE, login=Login(host="h", user="u", kind="attended", hold=60, multiplex=False))
+    mover = replace(site, transfer=Transfer(host="dm"))
+    assert [expected_logins(one) for one in (site, mover)] == [1, 2]
+    there, files = login_place(mover), transfer_place(mover)
+    assert [expected_logins(mover, kept) for kept in ({there}, {files}, {there, files})] == [1, 1, 0]
+
+
+def test_this_machine_needs_no_login() -> None:
+    site = replace(A_SITE, connection="local", login=Login(host="h", user="u"))
+    assert expected_logins(site) == 0
 
 
 # The interval

@@ -226,7 +226,7 @@ def test_a_server_that_is_down_at_submission_gets_no_second_job(campaign: PbsCam
     campaign.pbs.up()
     text, _ = process.communicate(timeout=90)
     assert process.returncode == 6
-    assert "never accepted" in " ".join(text.split())
+    assert "never accepted by the scheduler: Connection refused qsub: cannot connect" in " ".join(text.split())
     assert campaign.flctl("retry", "pisa").returncode == 0
     campaign.json("round")
     assert len(campaign.pbs.jobs()) == campaign.submissions("pisa") == 1
@@ -254,6 +254,23 @@ def test_a_job_that_pbs_forgot_is_failed_and_a_retry_starts_it_once(campaign: Pb
     assert campaign.flctl("retry", "pisa").returncode == 0
     assert campaign.json("round")["data"]["model"]["version"] == 1
     assert campaign.submissions("pisa") == 1
+
+
+def test_a_job_that_can_never_run_is_failed_in_pbs_words_and_leaves_the_queue(campaign: PbsCampaign) -> None:
+    campaign.pisa(cpus=64)
+    answer = campaign.json("round", code=6)
+    assert "can never run: Insufficient amount of resource: ncpus" in answer["errors"][0]["message"]
+    assert list(campaign.pbs.jobs().values()) == ["F"]
+    assert campaign.submissions("pisa") == 0
+
+
+def test_a_job_whose_dependency_is_gone_is_failed_as_one_that_never_started(campaign: PbsCampaign) -> None:
+    path = campaign.place / "sites" / "pisa.toml"
+    path.write_text(
+        path.read_text().replace("[shapes.small]", '[shapes.small]\ndependency = "afterok:99999.vm.site.eu"')
+    )
+    answer = campaign.json("round", code=6)
+    assert "never started; depended on afterok:99999" in answer["errors"][0]["message"]
 
 
 def test_a_queue_that_does_not_exist_is_told_in_pbs_words(campaign: PbsCampaign) -> None:

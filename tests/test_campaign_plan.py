@@ -1,5 +1,7 @@
 """What a plan means for each site, in figures: bytes, jobs, node-hours, room; and everything that speaks against it."""
 
+import subprocess
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -24,6 +26,7 @@ from flctl.campaign.workspace import Workspace
 from flctl.errors import UsageError
 from flctl.records import Job, Order, Plan, Run, Stage, Work
 from tests.campaigns import Campaign
+from tests.ssh_sites import keygen
 
 SITES = ("brno", "pisa")
 NOW = 1_795_250_190.0
@@ -49,10 +52,12 @@ def change(campaign: Campaign, site: str, old: str, new: str) -> None:
     path.write_text(text.replace(old, new))
 
 
-def look(workspace: Workspace, *, rounds: int = 1, told: dict[str, Told] | None = None) -> dict[str, Outlook]:
+def look(
+    workspace: Workspace, *, rounds: int = 1, told: dict[str, Told] | None = None, now: float = NOW
+) -> dict[str, Outlook]:
     configuration = load_configuration(workspace)
     plan = drafted(workspace, SITES, rounds, None)
-    matter = Matter(workspace=workspace, configuration=configuration, plan=plan, now=NOW)
+    matter = Matter(workspace=workspace, configuration=configuration, plan=plan, now=now)
     return {view.site: view for view in forecast(matter, told or {})}
 
 
@@ -157,6 +162,54 @@ def test_a_budget_without_room_for_a_round_is_a_problem_and_one_for_some_rounds_
     assert view.problems == ()
     assert "room for 2 of 3 rounds" in " ".join(view.notes)
     assert look(workspace, rounds=2)["brno"].notes == ()
+    # What the round under way has used or reserved is part of the plan.
+    running = run_at("brno", Stage.RUNNING)
+    job = replace(running.job, rate=1.0, walltime=600.0, elapsed=300.0)
+    workspace.save_run(replace(running, job=job))
+    try:
+        under_way = look(workspace, rounds=2)["brno"]
+        assert under_way.used == pytest.approx(1 / 12)
+        assert (under_way.problems, under_way.notes) == ((), ())
+        assert "room for 2 of 3 rounds" in " ".join(look(workspace, rounds=3)["brno"].notes)
+    finally:
+        (workspace.run_folder("brno", 1) / "run.json").unlink()
+
+
+def test_a_budget_for_the_training_of_a_round_and_not_its_evaluation_is_a_note(
+    campaign: Campaign, workspace: Workspace
+) -> None:
+    (campaign.place / "sites" / "brno.toml").open("a").write("\n[budget]\nmax_node_hours = 0.2\n")
+    plan = drafted(workspace, SITES, 1, None)
+    matter = Matter(workspace=workspace, configuration=with_evaluation(workspace), plan=plan, now=NOW)
+    view = forecast(matter, {})[0]
+    assert view.problems == ()
+    assert "room for 0 of 1 round " in " ".join(view.notes)
+
+
+def test_a_budget_below_what_is_used_is_told_whatever_a_job_is_charged(
+    campaign: Campaign, workspace: Workspace
+) -> None:
+    tables = "\n[budget]\nmax_node_hours = 0.1\n\n[queues.free]\ncharge = 0.0\n"
+    (campaign.place / "sites" / "brno.toml").open("a").write(tables)
+    change(campaign, "brno", "walltime", 'partition = "free"\nwalltime')
+    run = replace(run_at("brno", Stage.FETCHED), spent=1.0)
+    workspace.save_run(run)
+    try:
+        (problem,) = look(workspace)["brno"].problems
+        assert (problem.exit_code, look(workspace)["brno"].notes) == (9, ())
+    finally:
+        (workspace.run_folder("brno", 1) / "run.json").unlink()
+
+
+def test_others_weights_that_are_evaluated_or_merged_there_need_room(workspace: Workspace) -> None:
+    whole, _ = sizes(workspace)
+    site, plan = load_profile(workspace, "brno"), drafted(workspace, SITES, 1, None)
+    three = replace(plan, sites=("brno", "lumi", "pisa"))
+    crossed = with_evaluation(workspace)
+    assert want_of(workspace, crossed, site, three).size == (ROOM + 2) * whole
+    merged = replace(crossed, aggregation=with_merge_at(workspace, "brno").aggregation)
+    assert want_of(workspace, merged, site, three).copies == ROOM + 3
+    assert want_of(workspace, crossed, site, replace(plan, sites=("pisa",))).copies == ROOM
 
 
 def test_the_campaigns_budget_is_for_all_sites_together(campaign: Campaign, workspace: Workspace) -> None:
@@ -193,15 +246,21 @@ def test_what_the_site_said_and_why_it_was_not_asked_is_part_of_the_outlook(work
     assert look(workspace, told={"brno": Told(asked=True, start=NOW)})["brno"].told.start == NOW
 
 
-def test_a_login_that_ends_before_a_job_may_is_a_note(workspace: Workspace) -> None:
-    before = workspace.contact("brno")
-    try:
-        workspace.save_contact("brno", replace(before, login_until=NOW + 60))
-        assert "flctl login brno" in " ".join(look(workspace)["brno"].notes)
-        workspace.save_contact("brno", replace(before, login_until=NOW + 601))
-        assert look(workspace)["brno"].notes == ()
-    finally:
-        workspace.save_contact("brno", before)
+@pytest.mark.parametrize(("lasts", "noted"), [("+5m", True), ("+1h", False)])
+def test_a_certificate_that_ends_before_a_job_may_is_a_note(
+    lasts: str, noted: bool, workspace: Workspace, campaign: Campaign, tmp_path: Path
+) -> None:
+    ca, key = keygen(tmp_path / "ca"), keygen(tmp_path / "key")
+    sign = ["ssh-keygen", "-q", "-s", str(ca), "-I", "x", "-n", "me", "-V", f"-1m:{lasts}", f"{key}.pub"]
+    subprocess.run(sign, check=True)
+    login = f'[login]\nhost = "h"\nuser = "me"\nkind = "certificate"\nkey = "{key}"\nhold = "01:00:00"\n'
+    path = campaign.place / "sites" / "brno.toml"
+    text = path.read_text().replace('connection = "local"', "")
+    head, _, tables = text.partition("\n[")
+    path.write_text(f"{head}\n{login}\n[{tables}")
+    view = look(workspace, now=time.time())["brno"]
+    assert ("flctl login brno then" in " ".join(view.notes)) == noted
+    assert view.login_until is not None and view.logins == 2, "no connection is kept, whatever login.hold would allow"
 
 
 def test_everything_that_speaks_against_a_plan_is_found_at_once(campaign: Campaign, workspace: Workspace) -> None:

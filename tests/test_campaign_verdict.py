@@ -1,5 +1,6 @@
 """The verdict: done.json alone is success, a failed query changes nothing, absence counts only when seen twice."""
 
+import json
 import time
 from dataclasses import replace
 from typing import Any
@@ -9,7 +10,7 @@ import pytest
 from flctl.campaign.report import run_row
 from flctl.campaign.verdict import Evidence, after_revoking, judge
 from flctl.facility.scheduler import Activity, Seen
-from flctl.records import Contact, Job, Order, Run, Stage, Work
+from flctl.records import Contact, Job, Order, Run, Stage, Work, from_data, to_data
 
 NOW, ABSENCE, WINDOW = 1000.0, 60.0, 300.0
 OWNER = {"by": "job", "job_id": "17", "nonce": "n", "time": 900.0, "base": "0000"}
@@ -118,6 +119,22 @@ def test_a_claim_nobody_saw_waits_for_its_window_on_the_sites_clock() -> None:
     assert late.revoke
     end = after_revoking(run, late.job, OURS, None, "base")
     assert (end.stage, "never accepted" in end.failure.message) == (Stage.FAILED, True)
+    said = after_revoking(run, late.job, OURS, None, "base", said="qsub: cannot connect").failure
+    assert said and said.message.endswith("never accepted by the scheduler: qsub: cannot connect")
+
+
+def test_a_failure_comes_with_the_schedulers_words_once_it_said_that_the_job_ended() -> None:
+    record = done(outcome="failed", reason="ended by SIGTERM", exit_status=143)
+    killed = seen("F", Activity.ENDED, reason="exit status 271, SIGTERM")
+    told = {
+        job.state: verdict(a_run(), evidence(seen=(job,), owner=OWNER, done=record)).failure.message
+        for job in (seen("R", Activity.ACTIVE), killed, TIMEOUT)
+    }
+    assert told == {
+        "R": "ended by SIGTERM",
+        "F": "ended by SIGTERM (scheduler: F: exit status 271, SIGTERM)",
+        "TIMEOUT": "ended by SIGTERM (scheduler: TIMEOUT)",
+    }
 
 
 def test_a_definite_refusal_fails_at_once_with_the_schedulers_words() -> None:
@@ -178,12 +195,22 @@ def test_a_record_of_something_else_is_no_record(change: dict[str, Any]) -> None
         {"metrics": None},
         {"files": [{"path": "x"}]},
         {"started_at": "soon"},
+        {"ended_at": float("nan")},
+        {"ended_at": float("inf")},
+        {"ended_at": 10**400},
     ],
 )
 def test_a_record_that_is_not_valid_fails_the_run(change: dict[str, Any]) -> None:
     told = verdict(a_run(), evidence(seen=(), owner=OWNER, done=done(**change)))
     assert told.stage == Stage.FAILED
     assert told.contribution is None
+
+
+@pytest.mark.parametrize("time_", ["soon", None, [], float("nan"), -1, 10**400])
+def test_an_owner_that_is_no_owner_does_not_spoil_our_record(time_: Any) -> None:
+    told = verdict(a_run(), evidence(owner=OWNER | {"time": time_, "job_id": 17}))
+    assert (told.job.id, told.job.started_at) == ("17", None)
+    assert from_data(Job, json.loads(json.dumps(to_data(told.job)))) == told.job
 
 
 def test_jobs_of_other_names_are_nobodys_business() -> None:

@@ -162,7 +162,7 @@ def test_what_the_profile_leaves_open_comes_from_the_users_ssh_config(server: Ss
     tables = secrets_of(server, tmp_path)
     desk = Desk(tmp_path, server, host="short", port=22, user="", **tables)
     refused = desk.flctl("auth", "test", "home")
-    assert refused.returncode == 3 and "still empty: login.user" in refused.stderr
+    assert refused.returncode == 3 and "still lacks: login.user" in refused.stderr
     config = tmp_path / ".ssh" / "config"
     config.write_text(f"Host short\n HostName {ADDRESS}\n Port 2740\n User {USER}\n")
     ran = desk.flctl("auth", "test", "home")

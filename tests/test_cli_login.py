@@ -15,6 +15,7 @@ import pytest
 
 from flctl.facility.codes import parse_secret
 from flctl.facility.profile import Totp
+from tests import facilities_page
 from tests.campaigns import make_model
 from tests.ssh_sites import early_in_a_step
 from tests.terminals import Terminal
@@ -22,6 +23,7 @@ from tests.testbed.facility import toml
 from tests.testbed.sshd import Sshd
 
 ADDRESS = "127.0.0.83"
+LOGINS = facilities_page.logins()
 
 TRAINER = """\
 import json, os, shutil, sys, time
@@ -156,7 +158,8 @@ def test_a_campaign_of_two_models_costs_one_login_by_a_person(place: Place) -> N
     assert re.search(r"delta: the connection to flctl-hold@\S+ is kept until \S+", screen)
     place.tick_until(lambda: (place.place / "models" / "0002" / "flctl.json").exists())
     seen = place.server.attempts(since)
-    assert (seen.logins, seen.codes, seen.failed_codes) == (1, 1, 0)
+    assert (seen.codes, seen.failed_codes) == (1, 0)
+    assert (seen.logins, len(place.journal("login")) - seen.logins) == LOGINS["any, kept by `flctl login`"]
     (entry,) = place.journal("login")
     assert (entry["site"], entry["count"], entry["why"]) == ("delta", 1, "kept")
     status = place.flctl("status").stdout
@@ -234,15 +237,104 @@ def test_a_facility_that_allows_no_kept_connection(tmp_path: Path, state: Path, 
     with place.terminal("login", "delta") as terminal:
         assert terminal.end() == 3
     assert "login.hold" in terminal.screen
+    since = server.mark()
+    for words in (["plan"], ["plan", "--offline"], ["round"], ["campaign", "start", "--rounds", "1"]):
+        ran = place.flctl(*words)
+        assert ran.returncode == 3, words
+        assert ran.stderr.count("delta: a person must answer each login there") == 1 and "login.hold" in ran.stderr
+    assert "PROBLEM     a person must answer" in place.flctl("plan").stdout
+    assert not (place.place / "plan.json").exists()
+    tried = place.flctl("auth", "test", "delta")
+    assert tried.returncode == 3 and "delta: a person must answer each login there" in tried.stderr
+    assert server.attempts(since).connections == 0
+
+
+def test_a_plan_counts_the_logins_that_the_person_must_make(place: Place) -> None:
+    def look() -> dict[str, Any]:
+        (view,) = place.json("plan", "--offline")["data"]["sites"]
+        return dict(view)
+
+    before = look()
+    assert (before["logins"], before["login_until"]) == (1, None)
+    assert before["notes"] == ["a person must log in first: flctl login delta"]
+    asked = place.flctl("plan")
+    assert asked.returncode == 0
+    assert "not asked: a person must log in: no kept connection is open -> flctl login delta" in asked.stdout
+    place.login("--for", "30m")
+    after = look()
+    assert (after["logins"], after["notes"]) == (0, [])
+    assert after["login_until"] == place.json("login", "--status")["data"]["connections"][0]["until"]
+    place.flctl("logout")
+    assert look()["logins"] == 1
+
+
+def test_a_site_that_was_renamed_is_logged_out_by_its_new_name(place: Place) -> None:
+    place.login()
+    old = place.place / "sites" / "delta.toml"
+    old.with_name("delta2.toml").write_text(old.read_text().replace('name = "delta"', 'name = "delta2"'))
+    old.unlink()
+    assert re.match(r"delta2: the connection to \S+ is closed", place.flctl("logout", "delta2").stdout)
+    assert place.json("login", "--status")["data"]["connections"] == []
+
+
+def test_a_hold_that_was_shortened_asks_the_person_again(place: Place) -> None:
+    place.login()
+    profile = place.place / "sites" / "delta.toml"
+    profile.write_text(profile.read_text().replace('hold = "08:00:00"', 'hold = "00:00:01"'))
+    time.sleep(1.0)
+    assert place.flctl("plan", "--offline").stdout.count("a person must log in first") == 1
+    profile.write_text(profile.read_text().replace('hold = "00:00:01"', 'hold = "00:00:04"'))
+    time.sleep(3.0)
+    assert "is kept until" in place.login()
+    (row,) = place.json("login", "--status")["data"]["connections"]
+    assert row["until"] - row["since"] == pytest.approx(4, abs=1)
+
+
+def test_a_logout_while_a_tick_works_is_said_by_that_tick(place: Place) -> None:
+    account = place.server.account
+    account.file(account.home / ".bashrc", "sleep 2\n")
+    place.login()
     place.flctl("campaign", "start", "--rounds", "1")
-    ran = place.flctl("campaign", "tick")
-    assert ran.returncode == 3 and "login.hold" in ran.stderr
+    began = subprocess.Popen(
+        place.words("campaign", "tick"), env=place.environment, cwd=place.place, stderr=subprocess.PIPE, text=True
+    )
+    while not any(path.read_text() for path in Path(f"/proc/{began.pid}/task").glob("*/children")):
+        assert began.poll() is None
+        time.sleep(0.05)
+    assert "is closed" in place.flctl("logout").stdout
+    _, said = began.communicate(timeout=60)
+    (account.home / ".bashrc").unlink()
+    assert began.returncode == 4
+    assert "a person must log in: the kept connection has ended\n  -> flctl login delta" in said
+    assert place.json("status")["data"]["logins"]["delta"]["until"] is None
+    place.login()
+    place.tick_until(lambda: (place.place / "models" / "0001" / "flctl.json").exists())
 
 
 def test_a_key_needs_no_person(tmp_path: Path, state: Path, server: Sshd) -> None:
     place = Place(tmp_path, state, server, kind="key")
     ran = place.flctl("login", "delta")
     assert ran.returncode == 0 and "no person is needed" in ran.stdout
+
+
+def test_where_a_key_would_do_the_end_of_a_kept_connection_is_no_end_of_the_login(tmp_path: Path, state: Path) -> None:
+    with Sshd(name="hold-cli-key", address="127.0.0.96", port=2951, user="flctl-hold") as server:
+        place = Place(tmp_path, state, server, kind="key", key=str(server.client_key), hold="00:00:20")
+        try:
+            with place.terminal("login", "delta") as terminal:
+                assert terminal.end() == 0, terminal.screen
+            since = server.mark()
+            for logins, made in ((0, 0), (2, 1)):
+                (view,) = place.json("plan", "--offline")["data"]["sites"]
+                assert (view["logins"], view["login_until"], view["notes"]) == (logins, None, [])
+                report = place.json("site", "test")["data"]["sites"][0]
+                (check,) = [check for check in report["checks"] if check["name"] == "login"]
+                assert (check["result"], report["logins"]) == ("ok", made), check
+                assert place.json("status")["data"]["logins"]["delta"]["until"] is None
+                place.flctl("logout")
+            assert server.attempts(since).logins == 1
+        finally:
+            place.flctl("logout")
 
 
 def test_a_certificate_is_renewed_on_the_terminal(tmp_path: Path, state: Path) -> None:

@@ -1,6 +1,7 @@
 """The program as typed: arguments, one clear error and its exit code, one JSON object, nothing heavy for nothing."""
 
 import json
+import os
 import subprocess
 import sys
 import zipfile
@@ -8,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from flctl import errors
+from flctl import __version__, errors
 from flctl.cli.main import expand
 from tests.campaigns import Campaign
 
@@ -45,6 +46,13 @@ def test_a_list_without_a_name_in_it_is_refused(typed: str) -> None:
     """`--sites $UNSET` must not mean every site."""
     with pytest.raises(errors.UsageError):
         expand(typed.split())
+
+
+def test_the_version_is_said_wherever_one_is(tmp_path: Path) -> None:
+    ran = subprocess.run(
+        [sys.executable, "-m", "flctl.cli.main", "--version"], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert (ran.returncode, ran.stdout, ran.stderr) == (0, f"flctl {__version__}\n", "")
 
 
 def all_errors() -> list[type[errors.FlctlError]]:
@@ -167,9 +175,37 @@ def test_init_copies_profiles_and_templates_and_says_what_to_fill_in(campaign: C
     }
     assert {path.name for path in (place / "templates").iterdir()} == {"slurm.sh", "pbs.sh", "local.sh"}
     assert (place / "models" / "0000" / "tokenizer.json").exists()
-    refused = campaign.flctl("round", at=place)
-    assert refused.returncode == 3
-    assert "login.user" in refused.stderr
+    of_sites = ["round", "round --dry-run", "plan --offline", "campaign start --rounds 1"]
+    of_one = ["login leonardo", "auth test leonardo", "site test leonardo", "site stage leonardo --model"]
+    for command in [*(f"{words} --sites leonardo" for words in of_sites), *of_one]:
+        refused = campaign.flctl(*command.split(), at=place)
+        assert refused.returncode == 3, command
+        assert "leonardo.toml still lacks: login.user, scheduler.account, storage.data\n" in refused.stderr, command
+        assert "  -> fill them in; flctl site show leonardo tells more\n" in refused.stderr, command
+
+
+@pytest.mark.parametrize(("name", "hint"), [("pissa", "did you mean pisa?"), ("lumi", "flctl site add lumi")])
+def test_a_site_that_the_campaign_lacks_is_3_and_what_to_type_is_said(campaign: Campaign, name: str, hint: str) -> None:
+    for command in ("login", "auth test", "site test", "plan --offline --sites", "round --dry-run --sites"):
+        ran = campaign.flctl(*command.split(), name)
+        assert ran.returncode == 3, command
+        assert f"this campaign has no site {name!r}; it has: brno, pisa\n  -> {hint}\n" in ran.stderr, command
+
+
+@pytest.mark.parametrize(("fingerprint", "code"), [("SHA256:x", 2), ("MD5:" + "a" * 43, 2), ("SHA256:" + "a" * 43, 5)])
+def test_a_fingerprint_and_its_host_are_looked_at_before_a_key_is_distrusted(
+    campaign: Campaign, fingerprint: str, code: int
+) -> None:
+    profile = campaign.place / "sites" / "brno.toml"
+    before = profile.read_text()
+    login = '[login]\nhost = "127.0.0.95"\nport = 2950\nuser = "me"\n\n[scheduler]'
+    profile.write_text(before.replace('connection = "local"', "").replace("[scheduler]", login))
+    try:
+        ran = campaign.flctl("site", "trust", "brno", fingerprint)
+        assert ran.returncode == code and "  -> " in ran.stderr
+        assert ("is no fingerprint" in ran.stderr) == (code == 2)
+    finally:
+        profile.write_text(before)
 
 
 def test_init_fills_the_empty_folder_one_stands_in(campaign: Campaign) -> None:
@@ -268,11 +304,19 @@ def test_a_wheel_has_templates_sites_and_payload(tmp_path: Path) -> None:
     wanted |= {f"flctl/shipped/sites/{path.name}" for path in (ROOT / "sites").iterdir()}
     wanted |= {f"flctl/payload/{name}" for name in ("seal.py", "batch.py", "train.py")}
     assert wanted <= names
+    zipfile.ZipFile(wheel).extractall(tmp_path / "installed")
+    listed = subprocess.run(
+        [sys.executable, "-m", "flctl.cli.main", "site", "show", "lumi"],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(tmp_path / "installed")},
+        capture_output=True,
+        text=True,
+    )
+    assert listed.stdout.splitlines()[-1] == str(tmp_path / "installed/flctl/shipped/sites/lumi.toml"), listed.stderr
 
 
 def test_a_terminal_shows_a_live_table(tmp_path: Path) -> None:
     import fcntl
-    import os
     import pty
     import struct
     import termios

@@ -2,7 +2,9 @@
 
 import json
 import os
+import signal
 import subprocess
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -89,6 +91,15 @@ def test_a_broken_limit_is_3_and_every_site_with_one_is_named(campaign: Campaign
     assert not (campaign.root / "brno" / "work").exists()
 
 
+def test_the_site_that_merges_has_limits_too(campaign: Campaign) -> None:
+    limit(campaign, "pisa")
+    campaign.set('rule = "fedavg"', 'rule = "fedavg"\naggregate_at = "pisa"')
+    for command in (("plan", "--offline"), ("round",), ("campaign", "start", "--rounds", "1")):
+        refused = campaign.flctl(*command, "--sites", "brno")
+        assert (refused.returncode, f"pisa: {LIMIT}" in refused.stderr) == (3, True)
+    assert not (campaign.place / "plan.json").exists()
+
+
 def test_a_round_under_way_goes_on_though_its_profile_has_a_limit_now(campaign: Campaign) -> None:
     lay(campaign, "brno", old="[train]", new="[train]\nseconds = 4")
     assert campaign.flctl("campaign", "start", "--rounds", "1", "--sites", "brno").returncode == 0
@@ -115,6 +126,7 @@ def test_the_campaigns_budget_is_9_too(campaign: Campaign) -> None:
         file.write("\n[budget]\nmax_node_hours = 0.3\n")
     (error,) = campaign.json("plan", "--offline", code=9)["errors"]
     assert error["site"] is None
+    assert "0.3333 node-hours at most, 0 of 0.3 used so far" in campaign.flctl("plan", "--offline").stdout
     assert campaign.flctl("round").returncode == 9
 
 
@@ -153,10 +165,18 @@ def behind_ssh(campaign: Campaign, site: str, kind: str) -> None:
 
 
 def test_a_site_that_needs_a_person_is_not_asked_and_that_is_no_failure(campaign: Campaign) -> None:
-    behind_ssh(campaign, "brno", "attended")
+    behind_ssh(campaign, "brno", 'attended"\nhold = "01:00:00')
     views = {view["site"]: view for view in campaign.json("plan")["data"]["sites"]}
     assert not views["brno"]["told"]["asked"]
-    assert "a person must answer" in views["brno"]["notes"][0]
+    assert views["brno"]["notes"] == ["not asked: a person must log in: no kept connection is open -> flctl login brno"]
+
+
+def test_a_site_that_nobody_could_log_in_to_is_a_broken_profile(campaign: Campaign) -> None:
+    behind_ssh(campaign, "brno", "attended")
+    (error,) = campaign.json("plan", code=3)["errors"]
+    assert error["site"] == "brno" and "login.hold" in error["hint"]
+    assert campaign.flctl("round").returncode == 3
+    assert not (campaign.place / "plan.json").exists()
 
 
 def test_a_site_that_does_not_answer_is_5_and_is_shown_as_it_is_remembered(campaign: Campaign) -> None:
@@ -206,6 +226,31 @@ def test_site_test_counts_its_checks_and_a_tiny_job_tells_what_jobs_find(campaig
     assert found["python in a job"]["result"] == "ok"
     assert "torch" in found["python in a job"]["detail"]
     assert not list((campaign.remote("brno") / "runs").iterdir())
+
+
+def test_what_a_killed_test_left_is_removed_once_it_is_old(campaign: Campaign) -> None:
+    assert campaign.flctl("site", "test", "brno").returncode == 0
+    runs = campaign.remote("brno") / "runs"
+    for name, age in ((".ftest0", 7200), (".ftest1", 0), (".other", 7200), ("0001-1", 7200)):
+        (runs / name).mkdir(parents=True)
+        (runs / name / "job.sh").write_text("")
+        os.utime(runs / name, (time.time() - age,) * 2)
+    assert campaign.flctl("site", "test", "brno", "--batch").returncode == 0
+    assert sorted(path.name for path in runs.iterdir()) == [".ftest1", ".other", "0001-1"]
+
+
+def test_an_interrupted_plan_goes_on_to_no_other_site(campaign: Campaign) -> None:
+    mark, slow = campaign.root / "mark", campaign.root / "slow"
+    slow.write_text(f"#!/bin/sh\ntouch {mark}\nsleep 3\n")
+    slow.chmod(0o755)
+    lay(campaign, "brno", more=f'\n[budget]\nbalance = "{slow}"\n')
+    child = campaign.popen("plan")
+    campaign.wait(mark.exists, what="the question that takes long")
+    child.send_signal(signal.SIGINT)
+    said, _ = child.communicate(timeout=60)
+    assert child.returncode == 130, said
+    asked = [name for name in campaign.sites if (campaign.place / "runs" / name / "contact.json").exists()]
+    assert asked == ["brno"]
 
 
 def test_a_tiny_job_without_torch_fails_with_pythons_words(campaign: Campaign) -> None:

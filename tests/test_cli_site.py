@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -11,6 +12,7 @@ from typing import Any
 import pytest
 
 from tests.campaigns import Campaign
+from tests.terminals import Terminal
 from tests.test_sites import FACILITIES
 
 ROOT = Path(__file__).parent.parent
@@ -47,7 +49,7 @@ def test_the_shipped_profiles_are_listed_anywhere(outside: Path) -> None:
         "name": "frontier",
         "title": "Frontier (OLCF, US)",
         "login": "attended",
-        "person": "at each login",
+        "person": "each login",
         "scheduler": "slurm",
         "transfer": "dtn.ccs.ornl.gov",
         "checked": "2026-07-22",
@@ -55,14 +57,38 @@ def test_the_shipped_profiles_are_listed_anywhere(outside: Path) -> None:
         "fill_in": ["login.user", "scheduler.account", "storage.work", "storage.data", "login.hold"],
         "path": "",
     }
-    assert (rows["leonardo"]["person"], rows["karolina"]["person"]) == ("to renew the certificate", "never")
+    assert (rows["leonardo"]["person"], rows["karolina"]["person"]) == ("renewal", "never")
     assert "login.renew" in rows["leonardo"]["fill_in"], "it still holds an example's e-mail"
 
 
 def test_the_list_has_a_line_for_each(outside: Path) -> None:
     lines = flctl("site", "list", "--available", at=outside).stdout.splitlines()
-    assert lines[0].split() == ["site", "title", "login", "person", "scheduler", "checked", "questions", "fill", "in"]
+    assert lines[0].split() == ["site", "login", "person", "scheduler", "checked", "questions"]
     assert [line.split()[0] for line in lines[1:-1]] == sorted(FACILITIES)
+
+
+def shown(*arguments: str, columns: int, at: Path) -> list[str]:
+    """The lines that a terminal of that width shows."""
+    words = [sys.executable, "-m", "flctl.cli.main", *arguments]
+    kept = {name: value for name, value in os.environ.items() if name != "FLCTL_CAMPAIGN"}
+    with Terminal(words, cwd=at, env={**kept, "COLUMNS": str(columns), "TERM": "dumb"}) as terminal:
+        assert terminal.end() == 0, terminal.screen
+    return terminal.screen.replace("\r", "").splitlines()
+
+
+def test_on_a_terminal_of_80_columns_no_name_is_cut(outside: Path) -> None:
+    lines = shown("site", "list", "--available", columns=80, at=outside)
+    assert max(map(len, lines)) <= 80
+    assert set(FACILITIES) <= {line.split()[0] for line in lines if line.strip()}
+    assert len([line for line in lines if re.search(r"\d{4}-\d\d-\d\d +\d+ *$", line)]) == len(FACILITIES)
+
+
+@pytest.mark.parametrize("name", FACILITIES)
+def test_a_profile_is_shown_within_80_columns(name: str, outside: Path) -> None:
+    lines = shown("site", "show", name, columns=80, at=outside)
+    assert [line for line in lines[:-1] if len(line.rstrip()) > 80 and " " in line.strip()] == []  # but for an address
+    assert lines[0].split()[:2] == ["site", name]
+    assert "…" not in "".join(lines)
 
 
 def test_without_a_campaign_its_sites_cannot_be_listed(outside: Path) -> None:
@@ -78,6 +104,8 @@ def test_a_campaign_lists_its_own_sites(campaign: Campaign) -> None:
         ("pisa", "local", "never", []),
     ]
     assert rows[0]["path"] == str(campaign.place / "sites" / "brno.toml")
+    assert "fill in" not in flctl("site", "list", at=campaign.place).stdout
+    assert flctl("site", "show", "brno", at=campaign.place).stdout.split()[:2] == ["site", "brno"]
 
 
 @pytest.mark.parametrize("name", FACILITIES)
@@ -112,6 +140,8 @@ def test_a_campaigns_own_profile_comes_before_the_shipped_one(campaign: Campaign
         whole = data("site", "show", "lumi", at=campaign.place)
         assert (whole["shipped"], whole["path"]) == (False, str(own))
         assert "login.user" not in whole["fill_in"]
+        listed = flctl("site", "list", at=campaign.place).stdout
+        assert listed.endswith(f"{own}: fill in scheduler.account, storage.work, storage.data\n")
         assert "not in this campaign" not in flctl("site", "show", "lumi", at=campaign.place).stdout
         assert "not in this campaign" in flctl("site", "show", "polaris", at=campaign.place).stdout
     finally:

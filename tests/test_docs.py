@@ -2,7 +2,10 @@
 
 import json
 import re
+import tomllib
+from dataclasses import MISSING, fields, is_dataclass
 from pathlib import Path
+from typing import get_type_hints
 
 import pytest
 
@@ -23,6 +26,18 @@ def test_every_key_of_flctl_toml_is_documented() -> None:
     text = (ROOT / "docs" / "configuration.md").read_text()
     missing = [".".join(key) for key in keys_of(Configuration) if f"`{'.'.join(key)}`" not in text and len(key) > 1]
     assert missing == []
+
+
+def test_every_default_of_flctl_toml_is_documented() -> None:
+    text = (ROOT / "docs" / "configuration.md").read_text()
+    shown = dict(re.findall(r"^\| `(\w+\.\w+)` \| ([^|]*) \|", text, re.MULTILINE))
+    for table, kind in get_type_hints(Configuration).items():
+        for key in fields(kind) if is_dataclass(kind) else ():
+            default = key.default_factory() if key.default_factory is not MISSING else key.default
+            if default is not MISSING:
+                cell = shown[f"{table}.{key.name}"].strip("` ").replace("none", "{}")
+                said = tomllib.loads(f"value = {cell}")["value"]
+                assert said == (list(default) if isinstance(default, tuple) else default), (table, key.name)
 
 
 def test_every_rule_and_every_option_of_it_is_documented_with_its_default() -> None:

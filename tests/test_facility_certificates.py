@@ -4,6 +4,7 @@ between two logins."""
 import multiprocessing
 import os
 import pty
+import signal
 import subprocess
 import sys
 import termios
@@ -213,7 +214,7 @@ def test_neither_we_nor_ssh_offer_what_the_agent_holds_besides(
             assert connection.logins == 2
     assert server.attempts(since).logins == 2
     assert server.attempts(since).failed_keys == 0
-    (kept,) = (state / "certificates").iterdir()
+    (kept,) = (state / "public").iterdir()
     assert kept.read_text().split()[1] == (tmp_path / "key-cert.pub").read_text().split()[1]
     assert kept.stat().st_mode & 0o022 == 0
 
@@ -266,6 +267,20 @@ def test_a_renewal_that_fails_says_why(authority: Authority, body: str | None, w
     assert not caught.value.attempted
     assert caught.value.hint == f"flctl login {site.name}"
     assert caught.value.site == site.name
+
+
+def test_what_a_renewal_gives_is_in_no_error(authority: Authority) -> None:
+    site = authority.site(authority.program("echo canary; echo 'no such user' >&2; exit 1"))
+    with pytest.raises(LoginNeeded, match=r"exit status 1: no such user$") as caught:
+        renewal.renew(site, interactive=False)
+    assert "canary" not in str(caught.value)
+
+
+def test_a_program_that_a_renewal_leaves_behind_delays_nobody(authority: Authority) -> None:
+    pids, began = authority.folder / "pids", time.monotonic()
+    renewal.renew(authority.site(authority.program(f"SIGN\nsleep 600 & echo $! >{pids}")), interactive=False)
+    assert time.monotonic() - began < 30
+    os.kill(int(pids.read_text()), signal.SIGKILL)
 
 
 def test_a_renewal_that_does_not_end_is_ended_with_all_it_started(
@@ -381,10 +396,14 @@ def test_two_logins_of_a_user_at_a_host_keep_their_distance(authority: Authority
     assert (state / "logins.json").stat().st_mode & 0o077 == 0
 
 
-def test_a_clock_that_was_set_back_locks_nobody_out(authority: Authority) -> None:
+def test_a_clock_that_was_set_back_costs_one_interval(authority: Authority) -> None:
     site = with_interval(authority.site(), 60)
     keep_interval(site, login_place(site), now=1e9)
-    keep_interval(site, login_place(site), now=1e9 - 5000)
+    for seconds in (0, 59):
+        with pytest.raises(LoginTooSoon) as caught:
+            keep_interval(site, login_place(site), now=1e9 - 5000 + seconds)
+        assert caught.value.until == 1e9 - 5000 + 60
+    keep_interval(site, login_place(site), now=1e9 - 5000 + 60)
 
 
 def test_the_interval_counts_for_the_jump_host_too(authority: Authority) -> None:

@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 
-from flctl.errors import CodeSpent, ConfigurationError, HostKeyRefused, LoginNeeded, SiteUnreachable
+from flctl.errors import CodeSpent, ConfigurationError, HostKeyRefused, Locked, LoginNeeded, SiteUnreachable
 from flctl.facility import holder, holding, ledger
 from flctl.facility.codes import parse_secret
 from flctl.facility.connection import Road, connect
@@ -370,6 +370,43 @@ def test_without_its_holder_it_is_not_used_and_ends_soon(server: Sshd, tmp_path:
     assert holding.everything() == []
 
 
+def test_without_its_holder_a_process_that_uses_it_sends_nothing_more(server: Sshd, tmp_path: Path) -> None:
+    """Its polls would keep the ssh alive for ever, whatever time was stated."""
+    site, road = attended(server), road_to(tmp_path, server)
+    kept = keep(tmp_path, server, site, road)
+    connection = connect(site, road)
+    assert connection.run("echo x").stdout == "x\n"
+    os.kill(holder_of(kept), signal.SIGKILL)
+    wait(lambda: not kept.alive, 2, "the holder's death")
+    (tmp_path / "f").write_text("x")
+    for use in (lambda: connection.run("echo x"), lambda: connection.push(tmp_path, ["f"], server.account.home / "n")):
+        with pytest.raises(LoginNeeded, match="has ended"):
+            use()
+
+
+def test_a_frozen_ssh_is_named_when_it_does_not_end(
+    server: Sshd, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(holding, "HOLDER_TIMEOUT", 1.0)
+    kept = keep(tmp_path, server, attended(server), road_to(tmp_path, server))
+    (ssh,) = set(processes(kept)) - {holder_of(kept)}
+    os.kill(ssh, signal.SIGSTOP)
+    with pytest.raises(Locked, match="does not end") as caught:
+        holding.close(kept)
+    assert str(kept.socket) in caught.value.hint
+    os.kill(ssh, signal.SIGKILL)
+    wait(lambda: not processes(kept), 3, "the holder ends")
+    assert holding.everything() == []
+
+
+def test_a_state_folder_that_cannot_be_made_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_STATE_HOME", "/proc/1/nothing")
+    with pytest.raises(ConfigurationError, match="cannot be made") as caught:
+        holding.everything()
+    monkeypatch.undo()
+    assert "XDG_STATE_HOME" in caught.value.hint
+
+
 def test_a_holder_that_is_asked_to_end_takes_the_connection_along(server: Sshd, tmp_path: Path) -> None:
     kept = keep(tmp_path, server, attended(server), road_to(tmp_path, server))
     os.kill(holder_of(kept), signal.SIGTERM)
@@ -400,6 +437,64 @@ def test_closing_ends_it_for_everybody(server: Sshd, tmp_path: Path) -> None:
     assert processes(kept) == [] and holding.everything() == []
     with pytest.raises(LoginNeeded, match="has ended"):
         connection.run("echo x")
+
+
+def test_a_shorter_time_in_the_profile_counts_at_once(server: Sshd, tmp_path: Path) -> None:
+    site, road = attended(server), road_to(tmp_path, server)
+    kept = keep(tmp_path, server, site, road)
+    (place,) = holding.places(site)
+    shorter = replace(site, login=replace(site.login, hold=100))
+    found = holding.find(shorter, place, road.known_hosts)
+    assert found is not None and found.until == kept.since + 100
+    holding.end_older(shorter, place, road.known_hosts)
+    assert kept.alive, "its time is not over by either profile"
+    wait(lambda: time.time() > kept.since + 1, 2, "a second to be over")
+    for hold in (0, 1):
+        over = replace(site, login=replace(site.login, hold=hold))
+        assert holding.find(over, place, road.known_hosts) is None
+        with pytest.raises((LoginNeeded, ConfigurationError)):
+            connect(over, road)
+    assert connect(site, road).run("echo x").stdout == "x\n", "another campaign's profile may allow more"
+    holding.end_older(over, place, road.known_hosts)
+    assert processes(kept) == [] and holding.everything() == []
+
+
+def test_what_a_reboot_leaves_behind_is_not_used_and_is_replaced(server: Sshd, tmp_path: Path) -> None:
+    site, road = attended(server), road_to(tmp_path, server)
+    kept = keep(tmp_path, server, site, road)
+    for pid in processes(kept):
+        os.kill(pid, signal.SIGKILL)
+    wait(lambda: not processes(kept), 2, "their death")
+    assert kept.socket.exists() and holding.record_of(kept.name).exists()
+    with pytest.raises(LoginNeeded, match="person must log in"):
+        connect(site, road)
+    again = keep(tmp_path, server, site, road)
+    assert again.name == kept.name and connect(site, road).run("echo x").stdout == "x\n"
+
+
+def test_another_machines_connection_in_the_same_home_is_left_alone(server: Sshd, tmp_path: Path) -> None:
+    site, road = attended(server), road_to(tmp_path, server)
+    kept = keep(tmp_path, server, site, road)
+    there = replace(kept, name="0123456789", machine="elsewhere")
+    holding.write(there)
+    assert [one.name for one, _ in holding.everything()] == [kept.name]
+    assert holding.record_of(there.name).exists()
+    renamed = replace(kept, machine="as-this-laptop-was-called")  # it answers here, whatever the name
+    holding.write(renamed)
+    assert holding.everything() == [(renamed, True)]
+    holding.record_of(there.name).unlink()
+
+
+def test_a_login_that_begins_as_one_is_closed_is_not_swept_away(server: Sshd, tmp_path: Path) -> None:
+    site, road = attended(server), road_to(tmp_path, server)
+    (place,) = holding.places(site)
+    kept = keep(tmp_path, server, site, road)
+    holding.close(kept)
+    with holding.locked(site, place, kept.name):
+        holding.write(kept)
+        holding.everything()
+        assert holding.record_of(kept.name).exists()
+        holding.clear(kept.name)
 
 
 def test_a_link_that_falls_silent_is_unreachable_not_gone(server: Sshd, tmp_path: Path) -> None:

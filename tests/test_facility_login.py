@@ -19,7 +19,7 @@ from flctl.errors import CodeSpent, ConfigurationError, HostKeyRefused, LoginNee
 from flctl.facility import hostcertificates, hostkeys, ledger, references
 from flctl.facility.codes import Secret, parse_secret
 from flctl.facility.connection import Road, connect, host_key, trust
-from flctl.facility.openssh import Place
+from flctl.facility.openssh import Place, environment, login_place, ssh
 from flctl.facility.over_ssh import OverSsh
 from flctl.facility.profile import Site, Totp
 from flctl.facility.references import read_reference
@@ -399,6 +399,25 @@ def test_an_agent_full_of_keys_does_not_try_them_all(
     assert keyed.attempts(since).connections == 0
 
 
+def test_certificates_for_other_sites_are_offered_on_neither_road(
+    keyed: Sshd, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With them the agent holds seven keys, and a server hangs up after six."""
+    authority, key = keygen(tmp_path / "authority"), keygen(tmp_path / "key")
+    keyed.authorize((tmp_path / "key.pub").read_text())
+    others = [keygen(tmp_path / f"other{n}") for n in range(3)]
+    signed = [f"{other}.pub" for other in others]
+    subprocess.run(["ssh-keygen", "-q", "-s", authority, "-I", "me", "-n", "me", "-V", "+1h", *signed], check=True)
+    (tmp_path / "file").write_text("x")
+    since = keyed.mark()
+    with agent(*others, key, certificates=True) as address:
+        monkeypatch.setenv("SSH_AUTH_SOCK", address)
+        with connected(site_of(keyed, key="agent"), road_to(tmp_path, keyed)) as connection:
+            connection.push(tmp_path, ["file"], keyed.account.home / "in")
+    seen = keyed.attempts(since)
+    assert (seen.connections, seen.logins, seen.failed_keys) == (2, 2, 2 * len(others))
+
+
 def test_a_certificate_lets_in_and_the_key_alone_does_not(certified: Sshd, tmp_path: Path) -> None:
     with connected(site_of(certified), road_to(tmp_path, certified)) as connection:
         assert connection.run("true").status == 0
@@ -637,6 +656,19 @@ def test_what_is_revoked_is_refused_whatever_certificate_comes_with_it(
     since = vouched.mark()
     with pytest.raises(HostKeyRefused, match=why):
         connect(site_of(vouched), road_to(tmp_path))
+    assert credentials_sent(vouched, since) == 0
+
+
+def test_a_revoked_authority_makes_a_known_key_refused_as_ssh_does(vouched: Sshd, tmp_path: Path) -> None:
+    road, site = road_to(tmp_path, vouched), site_of(vouched)
+    with road.known_hosts.open("a") as stream:
+        stream.write(f"@revoked * {vouched.host_authority_line.split(maxsplit=2)[2]}")
+    since = vouched.mark()
+    with pytest.raises(HostKeyRefused, match=r"authority of the host key .* is marked as revoked"):
+        connect(site, road)
+    argv = [*ssh(site, login_place(site), road.known_hosts), vouched.address, "true"]
+    ran = subprocess.run(argv, env=environment(), stdin=subprocess.DEVNULL, capture_output=True, text=True)
+    assert (ran.returncode, "REVOKED HOST KEY" in ran.stderr) == (255, True)
     assert credentials_sent(vouched, since) == 0
 
 

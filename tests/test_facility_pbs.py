@@ -7,11 +7,12 @@ import shlex
 import subprocess
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from flctl.facility.profile import Scheduler, Shape, Site
+from flctl.facility.profile import Reservation, Scheduler, Shape, Site
 from flctl.facility.scheduler import Activity, Estimate, QueryFailed, QueueSeen, Seen, pbs, qstat, scheduler_of
 from flctl.facility.script import job_script
 from tests.pbs_double import PbsServer
@@ -72,8 +73,8 @@ def test_a_real_history_is_read_whole() -> None:
 def test_a_job_that_can_never_run_is_known_by_the_schedulers_words() -> None:
     """They are cut in the middle of a line."""
     jobs = seen(capture("qstat_text_history"))
-    words = "Can Never Run: Insufficient amount of resource: ncpus (R: 6400 A: 2 T: 2)"
-    assert (jobs["4.vm"].never, jobs["4.vm"].reason) == (words, words)
+    words = "Insufficient amount of resource: ncpus (R: 6400 A: 2 T: 2)"
+    assert (jobs["4.vm"].never, jobs["4.vm"].reason) == (words, f"Can Never Run: {words}")
     assert [job.id for job in jobs.values() if job.never] == ["4.vm"]
     assert job(job_state="Q", comment="Not Running: Insufficient amount of resource: ncpus").never == ""
 
@@ -128,7 +129,9 @@ def test_every_state_that_pbs_documents_has_a_meaning(activity: Activity, letter
         ("143", "exit status 143"),
         ("271", "exit status 271, SIGTERM"),
         ("265", "exit status 265, SIGKILL"),
-        ("-29", "exit status -29"),
+        ("-29", "exit status -29, over its walltime"),
+        ("-4", "exit status -4, PBS on its node began anew"),
+        ("-99", "exit status -99"),
         ("999", "exit status 999"),
         ("?", ""),
     ],
@@ -137,6 +140,16 @@ def test_how_a_job_ended_is_told(status: str, words: str) -> None:
     ended = job(job_state="F", Exit_status=status)
     assert (ended.activity, ended.reason) == (Activity.ENDED, words)
     assert job(job_state="F", Exit_status=status, comment="and exceeded").reason.endswith("and exceeded")
+
+
+def test_a_job_that_ended_before_it_ran_is_told_so() -> None:
+    """Deleted while it waited, or by PBS since it depended on a job that is gone: of that no word is kept."""
+    gone = job(job_state="F", depend="afterok:99999.vm@vm", Hold_Types="s", substate="92")
+    assert gone.reason == "never started; depended on afterok:99999.vm@vm"
+    assert job(job_state="F", comment="Not Running: Queue not started. and terminated").reason.startswith(
+        "never started"
+    )
+    assert "never" not in job(job_state="F", stime="Sat Nov  7 04:05:04 2026").reason
 
 
 def test_an_estimate_and_a_time_to_wait_for_are_expected_starts() -> None:
@@ -161,6 +174,23 @@ def test_values_that_hold_lines_hide_no_job_and_forge_none() -> None:
     variables = "F=() {  a\n    job_state = F\n}\n\n,G=b\n\tc"
     other = job(Job_Name="007", Variable_List=variables, comment="Not Running")
     assert (other.name, other.state) == ("007", "R")
+    assert job(Variable_List="NOTE=see\nJob Id: 7.vm\n    job_state = F", Exit_status="3").name == TOKEN
+
+
+def test_an_older_listing_in_a_variable_is_no_job_where_it_is_cut_and_never_tells_of_one_that_is_listed() -> None:
+    text = capture("qstat_text_history").stdout
+    older = text[text.index("Job Id: 2.vm") :].replace("job_state = F", "job_\n\tstate = F", 1).replace(" = H", " = R")
+    jobs = PBS.seen(
+        0, f"{text}Job Id: 9.vm\n    Job_Name = a\n    job_state = R\n    Variable_List = A=\n\n{older}", ""
+    )
+    assert {job.id: job.state for job in jobs} == {
+        one: job.state for one, job in seen(capture("qstat_text_history")).items()
+    } | {"9.vm": "R"}
+
+
+def test_an_id_of_absurd_length_is_no_job() -> None:
+    with pytest.raises(QueryFailed):
+        PBS.seen(0, f"Job Id: {'9' * 5000}.vm\n    Job_Name = a\n    job_state = R\n", "")
 
 
 @pytest.mark.parametrize("lost", ["Job_Name", "job_state"])
@@ -192,6 +222,13 @@ def test_the_id_is_what_qsub_prints(text: str) -> None:
 )
 def test_what_qsub_says_of_the_job_is_a_refusal(text: str) -> None:
     assert PBS.refusal(text) == text.strip()
+
+
+def test_a_hooks_words_are_told_in_full_and_the_usage_is_not() -> None:
+    hook = "qsub: \nYou must ask for filesystems:\n    -l filesystems=home:eagle\n\n"
+    assert PBS.refusal(hook) == "qsub: You must ask for filesystems: -l filesystems=home:eagle"
+    assert PBS.refusal("qsub: illegal -W value\nusage: qsub [-a date_time]\n\t[-j oe]\n") == "qsub: illegal -W value"
+    assert PBS.refusal("Welcome to the machine\nqsub: Unknown queue\n") == "qsub: Unknown queue"
 
 
 @pytest.mark.parametrize(
@@ -307,7 +344,7 @@ def test_a_job_that_waits_holds_or_can_never_run_is_told(shell: Shell) -> None:
     waiting = shell.submit("flate", directives=f"#PBS -a {late}\n")
     jobs = shell.listed()
     assert {job.activity for job in jobs.values()} == {Activity.WAITING}
-    assert jobs[never].never.startswith("Can Never Run")
+    assert jobs[never].never.startswith("Insufficient amount of resource")
     assert (jobs[held].state, jobs[held].reason) == ("H", "held (u)")
     expected = jobs[waiting].expected_start
     assert expected and 3480 < expected - time.time() < 3601
@@ -354,6 +391,7 @@ def test_the_history_is_asked_by_name(shell: Shell) -> None:
     for one in (first, again, other):
         shell.server.wait_state(one, "F")
     assert [job.id for job in shell.accounted("fa", "fnone") or ()] == [first, again]
+    assert [job.id for job in shell.accounted("fb", "fa") or ()] == [first, again, other]
     assert shell.accounted("fnone") == ()
 
 
@@ -370,18 +408,18 @@ def test_a_job_that_goes_between_selection_and_listing_is_not_there_and_the_othe
 
 
 def test_of_a_long_history_only_the_newest_are_listed_and_every_live_job(shell: Shell) -> None:
-    """qstat asks the server for each id by itself; an older one is found by its name."""
-    live = shell.submit("flive", WAITS)
+    """qstat asks the server for each id by itself; an older one is found by its name. What `qselect -x` selects are the
+    live ones as well."""
     fake = shell.folder / "bin"
     fake.mkdir()
-    past = f'case $* in *-x*) seq -f %.0f.vm.site.eu 100 999 ;; *) {shell.server.bin}/qselect "$@" ;; esac'
-    (fake / "qselect").write_text(f"#!/bin/sh\n{past}\n")
+    live = "echo '99[].vm.site.eu'; seq -f %.0f.vm.site.eu 960 1200"
+    (fake / "qselect").write_text(f"#!/bin/sh\ncase $* in *-x*) seq -f %.0f.vm.site.eu 100 959 ;; esac\n{live}\n")
     (fake / "qstat").write_text('#!/bin/sh\nprintf "%s\\n" "$@"\n')
     for program in fake.iterdir():
         program.chmod(0o755)
     asked = shell.run(f"PATH={shlex.quote(str(fake))}:$PATH; {PBS.queue()}").stdout.split()
     assert asked[:2] == ["-x", "-f"]
-    assert sorted(asked[2:]) == sorted([live, *(f"{number}.vm.site.eu" for number in range(900, 1000))])
+    assert asked[2:] == ["99[].vm.site.eu", *(f"{number}.vm.site.eu" for number in range(860, 1201))]
 
 
 def test_cancelling_ends_what_bears_the_name_and_nothing_else(shell: Shell) -> None:
@@ -395,12 +433,19 @@ def test_cancelling_ends_what_bears_the_name_and_nothing_else(shell: Shell) -> N
     assert shell.run(PBS.cancel("fnone", None)).returncode == 0
 
 
-@pytest.mark.parametrize(("said", "status"), [("qdel_finished", 0), ("qdel_unknown", 0), ("qdel_server_down", 162)])
-def test_a_job_that_ended_before_qdel_came_needs_no_end(shell: Shell, said: str, status: int) -> None:
+EXITING = 15016 % 256  # PBSE_BADSTATE, "qdel: Request invalid for state of job": its epilogue or its files take long
+QDEL = {name: capture(name).status for name in ("qdel_finished", "qdel_unknown", "qdel_server_down")}
+
+
+@pytest.mark.parametrize(
+    ("said", "status"),
+    [(QDEL["qdel_finished"], 0), (QDEL["qdel_unknown"], 0), (EXITING, 0), (QDEL["qdel_server_down"], 162)],
+)
+def test_a_job_that_ended_before_qdel_came_needs_no_end(shell: Shell, said: int, status: int) -> None:
     shell.submit("fa", WAITS)
     fake = shell.folder / "bin"
     fake.mkdir()
-    (fake / "qdel").write_text(f"#!/bin/sh\nexit {capture(said).status}\n")
+    (fake / "qdel").write_text(f"#!/bin/sh\nexit {said}\n")
     (fake / "qdel").chmod(0o755)
     done = shell.run(f"PATH={shlex.quote(str(fake))}:$PATH; {PBS.cancel('fa', None)}")
     assert done.returncode == status
@@ -466,6 +511,14 @@ def test_the_template_asks_for_what_the_profile_says() -> None:
         "-j oe",
         "-o pbs.log",
     ]
+
+
+@pytest.mark.parametrize("name", ["R435", "R435.pbs-01.site.eu"])
+def test_a_reservation_is_a_queue_whose_name_is_its_ids_first_part(name: str) -> None:
+    """pbs_rstat and pbs_rsub show the id, which qsub -q does not know."""
+    reserved = replace(SHAPE, reservation=Reservation(name=name))
+    text = script(replace(SITE, shapes={"prod": reserved}))
+    assert [line for line in text.splitlines() if line.startswith("#PBS -q ")] == ["#PBS -q R435"]
 
 
 def test_every_directive_stands_before_the_first_command() -> None:

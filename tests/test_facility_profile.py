@@ -123,6 +123,11 @@ def test_an_unknown_key_names_the_nearest_right_one(tmp_path: Path) -> None:
         tmp_path, changed("[shapes.prod]\nwalltime", "[shapes.prod]\nwall_time")
     )
     assert "shape: unknown key; did you mean shapes?" in refusal(tmp_path, WHOLE.replace("[shapes.", "[shape."))
+    text = changed('host = "login', 'jump = "ela.cscs.ch"\nhost = "login')
+    assert "login.jump: unknown key; did you mean login.proxy_jump?" in refusal(tmp_path, text)
+    text = changed('kind = "slurm"', 'kind = "slurm"\nreservation = "R12"')
+    told = "scheduler.reservation: must be a table, which may hold: name, start, end"
+    assert told in refusal(tmp_path, text)
     text = WHOLE + "[login.totp]\nzzz = 1\n"
     assert "login.totp.zzz: unknown key; known here: automation," in refusal(tmp_path, text)
 

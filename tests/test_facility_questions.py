@@ -4,7 +4,7 @@ import socket
 import subprocess
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -225,8 +225,8 @@ def test_a_password_that_cannot_be_had_is_found_before_the_site_is_bothered(
     [
         ({"kind": "attended", "hold": 600}, LoginNeeded, "flctl login auth-both"),
         ({"kind": "attended"}, ConfigurationError, "login.hold"),
-        ({"totp": {"automation": "forbidden"}, "hold": 600}, LoginNeeded, "flctl auth store auth-both"),
-        ({"totp": {"automation": "forbidden"}}, ConfigurationError, "login.hold"),
+        ({"totp": {"automation": "forbidden"}, "hold": 600}, LoginNeeded, "flctl login auth-both"),
+        ({"totp": {"automation": "forbidden"}}, ConfigurationError, "flctl auth store auth-both"),
     ],
 )
 def test_where_a_person_must_answer_nothing_is_sent(
@@ -262,6 +262,8 @@ def test_neither_password_nor_code_is_seen_by_anybody(
 class OneExchange(paramiko.ServerInterface):  # type: ignore[misc]
     """A server that asks for everything in one exchange."""
 
+    transport: paramiko.Transport
+
     def __init__(self, *questions: str) -> None:
         self.questions, self.answers = questions, list[list[str]]()
 
@@ -276,15 +278,59 @@ class OneExchange(paramiko.ServerInterface):  # type: ignore[misc]
         return int(paramiko.AUTH_SUCCESSFUL)
 
 
+class HangsUp(OneExchange):
+    """Ends the connection without a word when it is answered."""
+
+    def check_auth_interactive_response(self, responses: list[str]) -> int:
+        super().check_auth_interactive_response(responses)
+        raise EOFError
+
+
+class Expired(OneExchange):
+    """Has no keyboard-interactive, and wants a new password when it is given the old one (RFC 4252, section 8)."""
+
+    def get_allowed_auths(self, username: str) -> str:
+        return "password"
+
+    def check_auth_password(self, username: str, password: str) -> int:
+        self.answers.append([password])
+        message = paramiko.Message()
+        message.add_byte(bytes([60]))
+        message.add_string("Your password has expired")
+        message.add_string("")
+        self.transport._send_message(message)
+        return int(paramiko.AUTH_FAILED)
+
+
 def asked_at_once(folder: Path, site: Site, *questions: str) -> list[list[str]]:
     """The answers to questions that come together; the login's error is raised."""
-    key, server = keygen(folder / "host_key"), OneExchange(*questions)
+    return answered_by(OneExchange(*questions), folder, site)
+
+
+def log_in(site: Site, road: Road) -> None:
+    connect(site, road).close()
+
+
+def open_for_files(site: Site, road: Road) -> None:
+    carrier = OverSsh(site, road, lambda place: None)
+    try:
+        with carrier.open():
+            pass
+    finally:
+        carrier.close()
+
+
+def answered_by(
+    server: OneExchange, folder: Path, site: Site, attempt: Callable[[Site, Road], None] = log_in
+) -> list[list[str]]:
+    key = keygen(folder / "host_key")
     with socket.create_server(("127.0.0.76", 0)) as listener:
 
         def serve() -> None:
             link, _ = listener.accept()
             transport = paramiko.Transport(link)
             transport.add_server_key(paramiko.PKey.from_path(key))
+            server.transport = transport
             transport.start_server(server=server)
 
         thread = threading.Thread(target=serve)
@@ -294,7 +340,7 @@ def asked_at_once(folder: Path, site: Site, *questions: str) -> list[list[str]]:
         words = (folder / "host_key.pub").read_text().split()
         road.known_hosts.write_text(f"[127.0.0.76]:{port} {words[0]} {words[1]}\n")
         try:
-            connect(replace(site, login=replace(site.login, host="127.0.0.76", port=port)), road).close()
+            attempt(replace(site, login=replace(site.login, host="127.0.0.76", port=port)), road)
         finally:
             thread.join()
     return server.answers
@@ -318,6 +364,35 @@ def test_what_is_asked_for_again_is_not_given_again(both: Sshd, tmp_path: Path) 
     (tmp_path / "again").mkdir()
     with pytest.raises(LoginNeeded, match="the one-time code was not enough: the site asked again"):
         asked_at_once(tmp_path / "again", ready(both, tmp_path), "Verification code: ", "Verification code: ")
+
+
+@pytest.mark.parametrize("server", [HangsUp("Password: "), Expired()])
+def test_a_site_that_hangs_up_on_an_answer_has_refused_it(both: Sshd, tmp_path: Path, server: OneExchange) -> None:
+    with pytest.raises(LoginNeeded, match="hung up on the password; it is not tried again") as caught:
+        answered_by(server, tmp_path, ready(both, tmp_path))
+    assert caught.value.attempted
+    assert server.answers == [[both.password]]
+
+
+def test_a_transfer_host_that_hangs_up_on_an_answer_has_refused_it(both: Sshd, tmp_path: Path) -> None:
+    server = HangsUp("Password: ")
+    with pytest.raises(LoginNeeded, match=r"refused the password: (it hung up|.*Connection)") as caught:
+        answered_by(server, tmp_path, ready(both, tmp_path), open_for_files)
+    assert caught.value.attempted
+    assert server.answers == [[both.password]]
+
+
+def test_a_question_behind_many_words_is_shown(both: Sshd, tmp_path: Path) -> None:
+    site = ready(both, tmp_path)
+    with pytest.raises(LoginNeeded, match=r"A notice\. A notice.* Favourite colour\?'"):
+        Answers(site).answer("Favourite colour?", "A notice. " * 100)
+
+
+def test_a_question_without_an_end_is_not_answered_and_takes_no_time(both: Sshd, tmp_path: Path) -> None:
+    site, began = ready(both, tmp_path), time.monotonic()
+    with pytest.raises(LoginNeeded, match="nothing was answered"):
+        Answers(site).answer("new " * 60000 + "Password:")
+    assert time.monotonic() - began < 10
 
 
 # Which question asks for what

@@ -7,11 +7,17 @@ from typing import Any
 
 import pytest
 
+from flctl.campaign.creation import create
+from flctl.campaign.report import summary
 from flctl.errors import ConfigurationError
+from flctl.facility import ssh_config
 from flctl.facility.openssh import jump_place, login_place
 from flctl.facility.profile import Login, Site, Transfer, missing
 from flctl.facility.ssh_config import effective
+from flctl.records import Contact
+from tests.campaigns import make_model
 from tests.ssh_sites import connected, keygen, local_site, road_to, site_of
+from tests.testbed.facility import toml
 from tests.testbed.sshd import Sshd
 
 USER = "flctl-auth"
@@ -145,8 +151,43 @@ def test_a_file_that_ssh_cannot_read_is_said(home: Path) -> None:
 def test_a_file_that_others_may_write_is_refused(home: Path) -> None:
     said(home, "Host *\n User me\n")
     (home / ".ssh" / "config").chmod(0o666)
-    with pytest.raises(ConfigurationError, match="nobody else may write it"):
+    with pytest.raises(ConfigurationError, match="Bad owner or permissions on"):
         effective(bare())
+
+
+@pytest.mark.parametrize("line", ["HostName -oProxyCommand=x", 'HostName "a b"', "User -lroot", 'User "me;id"'])
+def test_what_could_be_taken_for_an_option_or_a_command_is_refused(home: Path, line: str) -> None:
+    said(home, f"Host alias\n {line}\n")
+    with pytest.raises(ConfigurationError, match="a name that flctl does not use"):
+        effective(bare())
+
+
+def test_an_ssh_that_is_missing_or_does_not_answer_is_said(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    said(home, 'Match exec "sleep 60"\n User me\n')
+    monkeypatch.setattr(ssh_config, "TIMEOUT", 0.3)
+    with pytest.raises(ConfigurationError, match="it did not answer within"):
+        effective(bare())
+    monkeypatch.setenv("PATH", str(home))
+    with pytest.raises(ConfigurationError, match="No such file or directory") as caught:
+        effective(bare())
+    assert "OpenSSH's client installed" in caught.value.hint
+
+
+def test_status_asks_ssh_nothing(home: Path, tmp_path: Path) -> None:
+    make_model(tmp_path / "start")
+    profile = {
+        "schema": 1,
+        "name": "far",
+        "login": {"host": "alias", "kind": "certificate"},
+        "scheduler": {"kind": "slurm"},
+        "shapes": {"prod": {"walltime": "01:00:00"}},
+        "storage": {"work": "/work", "data": "/data"},
+    }
+    workspace = create(tmp_path / "camp", profiles={"far": toml(profile)}, model=tmp_path / "start")
+    workspace.save_contact("far", Contact(login_until=2e9))
+    said(home, f'Match exec "touch {home}/asked"\n User me\n')
+    assert summary(workspace, ())["logins"]["far"]["until"] == 2e9
+    assert not (home / "asked").exists()
 
 
 def test_a_login_by_alias_goes_through_the_jump_host_of_the_file(

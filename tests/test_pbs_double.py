@@ -305,6 +305,18 @@ def test_a_held_job_waits_for_its_release_and_one_that_depends_for_the_other(des
     assert [desk.pbs.exit_status(job) for job in (first, second, third)] == [0, 0, None]
 
 
+def test_a_job_deleted_while_it_waits_stays_in_the_history_and_of_several_the_json_holds_the_first(desk: Desk) -> None:
+    big, held = desk.submit("true\n", "-l", "select=50:ncpus=64"), desk.submit("true\n", "-h")
+    assert desk.run("qdel", big, held).returncode == 0
+    told = desk.attributes(big)
+    assert (told["job_state"], told["substate"], "stime" in told, "Exit_status" in told) == ("F", 91, False, False)
+    assert told["comment"].startswith("Can Never Run") and told["comment"].endswith(") and terminated")
+    assert "comment" not in desk.attributes(held)
+    assert desk.run("qselect", "-x", "-u", USER).stdout.split() == [big, held]
+    both = desk.run("qstat", "-x", "-f", "-F", "json", "99.vm", big, held)
+    assert (both.returncode, list(json.loads(both.stdout)["Jobs"])) == (153, [big])
+
+
 def moment(when: float) -> str:
     return time.strftime("%Y%m%d%H%M", time.localtime(when))
 

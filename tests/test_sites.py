@@ -11,6 +11,7 @@ from flctl.campaign.profiles import to_fill_in
 from flctl.facility.limits import too_much
 from flctl.facility.profile import Site, load_site, missing
 from flctl.facility.script import job_script
+from tests import facilities_page
 
 ROOT = Path(__file__).parent.parent
 SITES = ROOT / "sites"
@@ -66,7 +67,9 @@ DIRECTIVES = {
     "jupiter": ("#SBATCH --gres=gpu:4",),
     "juwels-booster": ("#SBATCH --gres=gpu:4",),
     "karolina": ("#SBATCH --gpus-per-node=1", "#SBATCH --cpus-per-task=16"),
+    "leonardo": ("#SBATCH --cpus-per-task=8", "#SBATCH --mem=123500"),
     "lumi": ("#SBATCH --cpus-per-task=7",),
+    "meluxina": ("#SBATCH --gpus-per-node=4",),
     "marenostrum5": ("#SBATCH --qos=acc_ehpc", "#SBATCH --cpus-per-task=20"),
     "perlmutter": ("#SBATCH --constraint=gpu", "#SBATCH --qos=regular"),
     "polaris": ("#PBS -l filesystems=home:eagle", "#PBS -l place=scatter", "#PBS -l select=1"),
@@ -207,19 +210,9 @@ def test_the_odd_ones_are_as_the_facility_has_them() -> None:
     assert [name for name in FACILITIES if not profile(name).transfer.shell] == ["leonardo"]
 
 
-def facilities_page() -> dict[str, list[str]]:
-    """The rows of the table in docs/facilities.md by facility."""
-    rows = {}
-    for line in (ROOT / "docs" / "facilities.md").read_text(encoding="utf-8").splitlines():
-        cells = [cell.strip() for cell in line.strip("|").split("|")]
-        if len(cells) == 7 and cells[0].strip("`") in FACILITIES:
-            rows[cells[0].strip("`")] = cells
-    return rows
-
-
 @pytest.mark.parametrize("name", FACILITIES)
 def test_the_table_of_facilities_says_what_the_profile_says(name: str) -> None:
-    login, scheduler, transfer = facilities_page()[name][1:4]
+    login, scheduler, transfer = facilities_page.facilities()[name][1:4]
     site = profile(name)
     assert login.split(",")[0].split(" ")[0] == site.login.kind
     assert (f"port {site.login.port}" in login) == (site.login.port != 22)
@@ -228,6 +221,17 @@ def test_the_table_of_facilities_says_what_the_profile_says(name: str) -> None:
     assert transfer == (
         f"`{site.transfer.host}`{'' if site.transfer.shell else ', no shell'}" if site.transfer.host else "login host"
     )
+
+
+def test_the_table_of_facilities_has_a_row_for_each() -> None:
+    assert sorted(facilities_page.facilities()) == sorted(FACILITIES)
+
+
+def test_the_logins_of_every_kind_of_site_are_counted_by_a_test() -> None:
+    """The tests named on the page take the numbers from its table; a row that none of them asks for is a claim."""
+    page = facilities_page.PAGE.read_text(encoding="utf-8").split("## Logins of two rounds")[1]
+    counting = "".join((ROOT / path).read_text(encoding="utf-8") for path in re.findall(r"`(tests/\w+\.py)`", page))
+    assert [kind for kind in facilities_page.logins() if f'LOGINS["{kind}"]' not in counting] == []
 
 
 def test_the_table_of_facilities_names_no_test_that_is_not_there() -> None:

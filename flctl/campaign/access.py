@@ -1,7 +1,7 @@
 """Owns this process's connections to the sites: one per site, made when it is needed, refused where a site is held."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -9,15 +9,14 @@ from pathlib import Path
 from typing import Protocol, TypeVar
 
 from flctl.campaign import contacts
-from flctl.campaign.config import load_profile
 from flctl.campaign.session import Session, open_session
 from flctl.campaign.workspace import Workspace
 from flctl.errors import ConfigurationError, LoginNeeded, LoginTooSoon
-from flctl.facility import renewal
+from flctl.facility import holding, renewal
 from flctl.facility.connection import Connection, Road, connect, shares
 from flctl.facility.openssh import Place, login_place, transfer_place
 from flctl.facility.over_kept import KeptConnection
-from flctl.facility.profile import Site
+from flctl.facility.profile import Site, load_site
 from flctl.facility.references import read_reference
 from flctl.facility.witness import Witness
 
@@ -56,6 +55,9 @@ class Access:
     _renewals: dict[str, float] = field(default_factory=dict)
     _connections: dict[str, Connection] = field(default_factory=dict)
     _equipped: set[str] = field(default_factory=set)
+
+    def __post_init__(self) -> None:
+        take_secrets(self.workspace)
 
     def session(self, profile: Site, lock: int, *, equip: bool = True) -> Session:
         """The site's session, with this flctl's payload in place there (unless `equip` is false: nothing is sent then).
@@ -131,7 +133,6 @@ class Access:
             return
         self._renewals[name] = time.monotonic()
         self.note(name, "getting a new certificate")
-        take_secrets(self.workspace)
         try:
             if unattended or self.terminal is None:
                 renewal.renew(profile, interactive=False, stop=self.stopped)
@@ -149,12 +150,13 @@ class Access:
     def _note_until(self, profile: Site, connection: Connection) -> None:
         """Remember until when the site's certificate, or the connection kept to it, is good; `flctl login` may have
         renewed it meanwhile."""
-        contact, until = self.workspace.contact(profile.name), None
-        if isinstance(connection, KeptConnection):
-            until = connection.until
-        elif profile.login.kind == "certificate":
-            until = renewal.certificate_until(profile)
-        if until is not None and until != contact.login_until:
+        contact, login = self.workspace.contact(profile.name), profile.login
+        until = connection.until if isinstance(connection, KeptConnection) else None
+        if login.kind == "certificate":
+            until = renewal.certificate_until(profile) or until
+        elif not login.attended:
+            until = None  # when a connection that spares logins ends, flctl makes another
+        if until != contact.login_until:
             self.workspace.save_contact(profile.name, replace(contact, login_until=until))
 
     def hold(self, site: str, error: LoginNeeded) -> None:
@@ -194,21 +196,26 @@ class Access:
 
 def take_secrets(workspace: Workspace) -> None:
     """No program started from now on inherits a secret that a profile keeps in an environment variable."""
-    for name in workspace.profiles:
+    for path in workspace.profiles.values():
         with suppress(ConfigurationError):
-            login = load_profile(workspace, name).login
+            login = load_site(path).login
             for reference in (login.password.secret, login.totp.secret):
-                if reference.startswith("env:"):
-                    read_reference(reference)
+                with suppress(ConfigurationError):
+                    if reference.startswith("env:"):
+                        read_reference(reference)
 
 
-def expected_logins(site: Site, *, held: bool = False) -> int:
-    """How many logins one process makes that brings files to a site and commands there, hosts on the way included: all
-    of a `round`, or a tick. `held`: over a connection that is kept already. Where each rsync must log in by itself
-    (multiplex = false), as many as a run needs."""
+def expected_logins(site: Site, kept: Collection[Place] = ()) -> int:
+    """How many logins it takes to bring files to a site and commands there, hosts on the way included: those that one
+    process makes (a `round`, or a tick), or the person for it by `flctl login`. `kept`: hosts that connections are kept
+    to already. Where each rsync must log in by itself (multiplex = false), as many as a run needs."""
     if site.connection == "local":
         return 0
-    roads = 0 if held else 1
-    if not shares(site) and not (held and transfer_place(site) == login_place(site)):
-        roads += 1 if site.login.multiplex else RSYNCS
+    if site.login.attended:
+        roads = sum(place not in kept for place in holding.places(site))
+    else:
+        held = login_place(site) in kept
+        roads = 0 if held else 1
+        if not shares(site) and not (held and transfer_place(site) in kept):
+            roads += 1 if site.login.multiplex else RSYNCS
     return roads * (2 if site.login.proxy_jump else 1)

@@ -54,7 +54,12 @@ def try_batch(session: Session, *, wait: float, pause: Callable[[float], bool]) 
         # Whatever happened; a connection that is lost has said so already.
         with suppress(FlctlError):
             cancel = session.scheduler.cancel(job.token, None)
-            session.ask({"cancel": cancel, "remove": f"rm -rf {quote(job.folder)}"})
+            session.ask({"cancel": cancel, "remove": f"rm -rf {quote(job.folder)}; {_forget_old(session)}"})
+
+
+def _forget_old(session: Session) -> str:
+    """Removes what an flctl that was killed has left, an hour ago: a job that begins later and finds no folder ends."""
+    return f"find {quote(session.root / 'runs')} -maxdepth 1 -name '.ftest*' -mmin +60 -exec rm -rf {{}} +"
 
 
 def tiny_script(session: Session, job: Tiny) -> str:
@@ -93,8 +98,9 @@ def _small(site: Site) -> Shape:
     """The shape for as few nodes as its queue takes."""
     shape = site.shapes[site.scheduler.shape]
     asked = site.shape
-    least = [site.queues[name].min_nodes for name in (asked.partition, asked.queue, asked.qos) if name in site.queues]
-    nodes = max([1, *least])
+    least = {name: queue.min_nodes for name, queue in site.queues.items()}
+    choice = (asked.partition or asked.queue).split(",")
+    nodes = max(1, min(least.get(name, 1) for name in choice), least.get(asked.qos, 1))
     select = re.sub(r"^\d+(?=:|$)", str(nodes), shape.select)
     return replace(shape, nodes=nodes, walltime=min(WALLTIME, shape.walltime), select=select, dependency="")
 

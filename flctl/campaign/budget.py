@@ -5,7 +5,6 @@ still run until their walltime is over. Both are charged as the profile said whe
 sum adds up the sites' own figures, whatever a node is there. Records alone are read.
 """
 
-import math
 import time
 from collections import Counter
 from collections.abc import Sequence
@@ -27,11 +26,13 @@ PATIENCE = 30.0
 
 def rate(site: "Site") -> float:
     """Node-hours charged for an hour of one job: its nodes, or the part of one that its GPUs are where the site counts
-    parts, times the charge of its partition, queue and QOS (each that has a table of [queues])."""
+    parts, times the charge of its partition or queue (the dearest, where it may choose) and of its QOS."""
     shape, whole = site.shape, site.budget.gpus_per_node
     part = min(1.0, shape.gpus / whole) if whole and shape.gpus else 1.0
-    names = {name for name in (shape.partition, shape.queue, shape.qos) if name in site.queues}
-    return shape.nodes * part * math.prod(site.queues[name].charge for name in names)
+    charge = {name: queue.charge for name, queue in site.queues.items()}
+    choice = (shape.partition or shape.queue).split(",")
+    qos = charge.get(shape.qos, 1.0) if shape.qos not in choice else 1.0
+    return shape.nodes * part * max(charge.get(name, 1.0) for name in choice) * qos
 
 
 def node_hours(site: "Site", seconds: float | None = None) -> float:
@@ -162,6 +163,6 @@ def default_rate(workspace: Workspace, run: Run) -> float:
     """The rate of a run whose record has none: what the profile says now; 0 if nothing depends on it."""
     if run.job.rate is not None or not elapsed(run) or run.site not in workspace.profiles:
         return 0.0
-    from flctl.campaign.config import load_profile
+    from flctl.facility.profile import load_site
 
-    return rate(load_profile(workspace, run.site))
+    return rate(load_site(workspace.profiles[run.site]))

@@ -5,11 +5,12 @@ from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
 from flctl.campaign.privacy import check_privacy
+from flctl.campaign.profiles import available
 from flctl.campaign.workspace import Workspace
 from flctl.errors import ConfigurationError
-from flctl.facility.profile import Site, load_site
+from flctl.facility.profile import Site, load_site, missing
 from flctl.facility.ssh_config import effective
-from flctl.facility.table import between, load_table
+from flctl.facility.table import between, load_table, nearest
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,7 +76,7 @@ class EvaluationTable:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FetchTable:
-    kinds: tuple[str, ...] = ("*.safetensors", "*.safetensors.index.json", "metrics.json")
+    kinds: tuple[str, ...] = ("*.safetensors", "*.safetensors.index.json")
     """Patterns of the only file names that may come back from a site."""
     size_factor: float = 1.5
     """The most bytes one run may bring back, as a multiple of its base model's size."""
@@ -115,12 +116,27 @@ def load_profile(workspace: Workspace, name: str) -> Site:
     """The profile of one of the campaign's sites, with what ~/.ssh/config adds to it."""
     path = workspace.profiles.get(name)
     if path is None:
-        known = ", ".join(workspace.profiles) or "none"
+        close = nearest(name, workspace.profiles)
+        if name in available():
+            hint = f"flctl site add {name}"
+        else:
+            hint = f"did you mean {close}?" if close else "flctl site list --available; flctl site add NAME"
         raise ConfigurationError(
-            f"this campaign has no site {name!r}; it has: {known}",
-            hint=f"write {workspace.root / 'sites' / (name + '.toml')}, or name one of those",
+            f"this campaign has no site {name!r}; it has: {', '.join(workspace.profiles) or 'none'}", hint=hint
         )
     return effective(load_site(path))
+
+
+def whole_profile(workspace: Workspace, name: str) -> Site:
+    """The same, and ConfigurationError if the user has not yet filled it in."""
+    site = load_profile(workspace, name)
+    if empty := missing(site):
+        raise ConfigurationError(
+            f"{workspace.profiles[name]} still lacks: {', '.join(empty)}",
+            hint=f"fill them in; flctl site show {name} tells more",
+            site=name,
+        )
+    return site
 
 
 def new_id() -> str:

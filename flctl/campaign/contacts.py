@@ -65,11 +65,11 @@ def failed(contact: Contact, error: FlctlError, now: float) -> Contact:
     until then it costs the site nothing to look again soon."""
     failures = contact.failures + 1
     pause = min(BACKOFF_MOST, BACKOFF_FIRST * 2 ** min(failures - 1, 10)) * random.uniform(0.8, 1.2)
-    held, lost = contact.held, contact.unreachable_since
+    held, lost, until = contact.held, contact.unreachable_since, contact.login_until
     if isinstance(error, LoginNeeded) and error.attempted:
         held = Held(reason=error.message, since=now)
     elif isinstance(error, LoginNeeded):
-        pause = BACKOFF_FIRST
+        pause, until = BACKOFF_FIRST, None
     if isinstance(error, SiteUnreachable):
         lost = lost or now
     return replace(
@@ -78,6 +78,7 @@ def failed(contact: Contact, error: FlctlError, now: float) -> Contact:
         known_at=now,
         failures=failures,
         unreachable_since=lost,
+        login_until=until,
         held=held,
         trouble=failure_of(error),
     )
@@ -106,12 +107,13 @@ def outlives(contact: Contact, site: Site, runs: Sequence[Run], now: float) -> s
     """A warning if the site's jobs are expected to end after what its login is good for, and a person has to renew
     that; else empty."""
     until = contact.login_until
-    if until is None or until <= now or site.login.renew_unattended:
+    login = site.login
+    if until is None or until <= now or login.renew_unattended or not (login.attended or login.kind == "certificate"):
         return ""
     ends = [_expected_end(run, site, now) for run in runs if run.open and run.stage != Stage.ENDED]
     if max(ends, default=0.0) <= until:
         return ""
-    what = "certificate" if site.login.kind == "certificate" else "connection that is kept"
+    what = "certificate" if login.kind == "certificate" else "connection that is kept"
     return (
         f"{site.name}: the {what} ends {clock(until)}, before the jobs' expected end ({clock(max(ends))}): "
         f"flctl login {site.name} then"

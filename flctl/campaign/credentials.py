@@ -5,14 +5,14 @@ import os
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from flctl.campaign.config import load_profile
+from flctl.campaign.config import load_profile, whole_profile
 from flctl.campaign.contacts import failure_of
 from flctl.campaign.engine import Engine
 from flctl.campaign.workspace import Workspace
 from flctl.errors import ConfigurationError, FlctlError, Interrupted, LoginTooSoon
 from flctl.facility.codes import parse_secret
 from flctl.facility.openssh import jump_place, login_place
-from flctl.facility.profile import Site, missing
+from flctl.facility.profile import Site
 from flctl.facility.references import store_in_file, store_in_keyring
 from flctl.facility.witness import Witness
 from flctl.records import Failure
@@ -39,9 +39,7 @@ def try_login(engine: Engine, name: str) -> LoginTest:
     site = load_profile(engine.workspace, name)
     if site.connection == "local":
         return LoginTest(site=name, kind="local")
-    if empty := missing(site):
-        fix = f"fill them in in {engine.workspace.root / 'sites' / (name + '.toml')}"
-        raise ConfigurationError(f"still empty: {', '.join(empty)}", hint=fix, site=name)
+    site = whole_profile(engine.workspace, name)
     seen, failure, place = Witness(), None, login_place(site)
     try:
         with engine.workspace.lock_site(name):

@@ -1,8 +1,8 @@
 """The engine: advance a site, decide for the campaign, tick. The only loop; it keeps no truth of its own.
 
 `advance(site)` moves one site's runs as far as they go without waiting, under that site's lock. `decide()` asks the
-policy and acts, under the campaign's lock. `tick()` advances every due site in a thread of its own and decides after
-each one. Both re-read the records once they hold their lock.
+policy and acts (see deciding.py), under the campaign's lock. `tick()` advances every due site in a thread of its own
+and decides after each one. Both re-read the records once they hold their lock.
 """
 
 import shutil
@@ -13,17 +13,16 @@ from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from flctl.campaign import budget, contacts, gates, remote_merge, steps
+from flctl.campaign import budget, contacts, deciding, steps
 from flctl.campaign.access import Access, Terminal
 from flctl.campaign.config import Configuration, load_configuration, load_profile
 from flctl.campaign.contacts import failure_of
-from flctl.campaign.merging import merge_model
 from flctl.campaign.session import Session
 from flctl.campaign.workspace import Workspace
 from flctl.errors import FlctlError, Interrupted, Locked, LoginNeeded, LoginTooSoon, defect
 from flctl.facility.profile import Site
-from flctl.policy import POLICIES, Decision, View
-from flctl.records import Failure, Job, Merge, Order, Plan, Run, Stage, Work, token_of
+from flctl.policy import Decision
+from flctl.records import Failure, Run, Stage, Work
 
 SUBMITTED = (Stage.CLAIMED, Stage.QUEUED, Stage.RUNNING)
 INTERRUPT_PATIENCE = 10.0
@@ -105,7 +104,7 @@ class Engine:
         site = session.site.name
         looked = False
         while True:
-            self._check_stop()
+            self.check_stop()
             runs = [run for run in self.workspace.runs(site) if run.open and not contacts.is_held(run.held)]
             submitted = [run for run in runs if run.stage in SUBMITTED]
             if submitted and not looked:
@@ -210,67 +209,9 @@ class Engine:
         """Ask the policy and act until it has nothing more to say. None without a plan, or if another flctl decides."""
         try:
             with self.workspace.lock_campaign(patience=patience):
-                return self._decide_locked()
+                return deciding.decide(self)
         except Locked:
             return None
-
-    def _decide_locked(self) -> Decision | None:
-        configuration = load_configuration(self.workspace)
-        while True:
-            self._check_stop()
-            view = view_of(self.workspace, configuration)
-            if view is None:
-                return None
-            decision = POLICIES[configuration.policy.name](view, time.time())
-            if decision.merge is not None:
-                awaited = self._merge(decision.merge, configuration, view.plan)
-                if awaited is None:
-                    continue
-                decision = awaited
-            for order in decision.orders:
-                self.give(order)
-            if not decision.orders:
-                return decision
-
-    def _merge(self, merge: Merge, configuration: Configuration, plan: Plan) -> Decision | None:
-        """Make a model, here or of what a site makes; what is to be ordered, awaited or is lacking, if that cannot be
-        done now. A spoilt contribution fails its run, so that its site can train again."""
-        self.note("", f"merging model {merge.version:04d}")
-        try:
-            if configuration.aggregation.aggregate_at:
-                awaited = remote_merge.proceed(
-                    self.workspace, merge, configuration, plan.number, record=self.record, stop=self.stop.is_set
-                )
-                if awaited is not None:
-                    return awaited
-            else:
-                merge_model(self.workspace, merge, configuration, stop=self.stop.is_set)
-        except Interrupted:
-            raise
-        except FlctlError as error:
-            self.errors.append((error.site or "", failure_of(error)))
-            spoilt = [self.workspace.run(*key) for key in merge.runs if key[0] == error.site]
-            for run in spoilt:
-                self.record(run, replace(run, stage=Stage.FAILED, failure=failure_of(error)))
-            return Decision(lacking=error.message)
-        finally:
-            self.doing.pop("", None)
-        self.tell(f"model {merge.version:04d} is made of {len(merge.runs)} contributions")
-        for warning in gates.warnings_of(self.workspace.model_record(merge.version)):
-            self.tell(f"model {merge.version:04d} has a warning: {warning}")
-        return None
-
-    def give(self, order: Order) -> Run:
-        """Write an order as a new run, due at once."""
-        number = max((run.number for run in self.workspace.runs(order.site)), default=0) + 1
-        now = time.time()
-        job = Job(token=token_of(self.workspace.id, order.site, number, 1))
-        run = Run(number=number, order=order, job=job, created_at=now, changed_at=now)
-        self.workspace.save_run(run)
-        self.workspace.journal.append(
-            "order", site=order.site, number=number, work=order.work, base=order.base, round=order.round
-        )
-        return run
 
     def tick(self, *, stays: bool = False, deadline: float | None = None) -> Decision | None:
         """Advance every due site, each in a thread of its own, and decide after each; also those that become due by
@@ -285,7 +226,7 @@ class Engine:
             while True:
                 if deadline is not None and time.monotonic() > deadline and running:
                     self.stop.set()
-                self._check_stop()
+                self.check_stop()
                 for site in self.due_sites():
                     if site not in running.values() and site not in skipped:
                         running[pool.submit(self.advance, site)] = site
@@ -309,7 +250,7 @@ class Engine:
     def sites_with_open_runs(self) -> list[str]:
         return sorted({run.site for run in self.workspace.runs() if run.open})
 
-    def _check_stop(self) -> None:
+    def check_stop(self) -> None:
         if self.stop.is_set():
             raise Interrupted("interrupted", hint="flctl round, or the next flctl campaign tick, goes on from here")
 
@@ -319,20 +260,6 @@ class Engine:
             self.doing[site] = Doing(what=what, since=time.time(), moved=moved, total=total)
         else:
             doing.moved, doing.total = moved, total
-
-
-def view_of(workspace: Workspace, configuration: Configuration) -> View | None:
-    """What the policy sees; None without a plan."""
-    plan = workspace.plan()
-    if plan is None:
-        return None
-    return View(
-        plan=plan,
-        models=workspace.models(),
-        runs=workspace.runs(),
-        weights=configuration.aggregation.weights,
-        cross_evaluation=configuration.evaluation.cross,
-    )
 
 
 def line_of(run: Run) -> str:

@@ -10,8 +10,8 @@ from flctl.campaign.config import Configuration, load_profile
 from flctl.campaign.privacy import check_plan
 from flctl.campaign.remote_merge import check_place
 from flctl.campaign.workspace import Workspace
-from flctl.errors import ConfigurationError
-from flctl.facility import limits
+from flctl.errors import ConfigurationError, FlctlError
+from flctl.facility import holding, limits
 from flctl.facility.profile import Site
 from flctl.facility.table import nearest
 from flctl.model.rules import find_rule, options_of
@@ -24,7 +24,9 @@ def foresee(
 ) -> None:
     """ConfigurationError or BudgetRefused if so many more models by these sites, each of `least` contributions or more,
     cannot be made with flctl.toml and the profiles as they are."""
-    check_limits(workspace, sites)
+    place = configuration.aggregation.aggregate_at
+    merges_besides = place in workspace.profiles and place not in sites
+    check_limits(workspace, (*sites, place) if merges_besides else sites)
     check_models(workspace, configuration, sites, least, models)
 
 
@@ -46,12 +48,22 @@ def limits_broken(workspace: Workspace, site: Site, now: float) -> list[Failure]
     return [Failure(code="configuration", exit_code=3, message=reason, hint=hint) for reason in reasons]
 
 
+def way_barred(site: Site) -> FlctlError | None:
+    """That nobody can log in to a site in the way that flctl works: each login needs a person, and none is kept."""
+    barred = site.connection == "ssh" and site.login.attended and not site.login.hold
+    return holding.needed(site) if barred else None
+
+
 def check_limits(workspace: Workspace, sites: Sequence[str]) -> None:
-    """ConfigurationError if a job of one of these sites is more than its queue allows, with all that are. A site that
-    has taken a job already is left alone: what runs there is not to be given up for a profile that has changed."""
+    """ConfigurationError if nobody can log in to one of these sites, or if jobs are more than their queues allow, with
+    all that are. A site that has taken a job already is left alone: what runs there is not to be given up for a profile
+    that has changed."""
     now, early = time.time(), (Stage.ORDERED, Stage.DELIVERED)
     taken = {run.site for run in workspace.runs() if run.open and run.stage not in early}
     asked = [load_profile(workspace, name) for name in sites if name not in taken]
+    for site in asked:
+        if error := way_barred(site):
+            raise error
     broken = {site.name: found for site in asked if (found := limits_broken(workspace, site, now))}
     if not broken:
         return

@@ -5,11 +5,12 @@ import time
 from flctl.campaign.config import load_profile
 from flctl.campaign.contacts import failure_of, is_held
 from flctl.campaign.engine import Engine
+from flctl.campaign.foresight import way_barred
 from flctl.campaign.outlook import Told
 from flctl.campaign.rehearsal import script_of
 from flctl.campaign.session import Session
 from flctl.campaign.trial import PROBE_TIMEOUT, remember_space
-from flctl.errors import ConfigurationError, FlctlError, Interrupted, Locked, LoginNeeded, LoginTooSoon
+from flctl.errors import FlctlError, Interrupted, Locked, LoginNeeded, LoginTooSoon
 from flctl.facility import limits
 from flctl.facility.openssh import printable
 from flctl.facility.probe import bounded, in_login_shell, last_lines, space_commands, trial_command
@@ -25,6 +26,8 @@ def inquire(engine: Engine, name: str) -> Told:
     if held is not None and is_held(held):
         return Told(note=f"not asked, the site is held: {held.reason}")
     profile = load_profile(engine.workspace, name)
+    if way_barred(profile):
+        return Told(note="not asked")
     try:
         with engine.workspace.lock_site(name) as lock:
             return _ask(engine.access.session(profile, lock, equip=False))
@@ -36,10 +39,8 @@ def inquire(engine: Engine, name: str) -> Told:
         engine.access.hold(name, error)
         if error.attempted:
             return Told(problems=(failure_of(error),))
-        return Told(note=f"not asked: {error.message}")
+        return Told(note=f"not asked: {error.message} -> {error.hint}")
     except FlctlError as error:
-        if isinstance(error, ConfigurationError) and profile.login.attended:
-            return Told(note=f"not asked: {error.message}")
         return Told(problems=(failure_of(error),))
     finally:
         engine.access.drop(name)

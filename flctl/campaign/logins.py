@@ -7,14 +7,14 @@ from dataclasses import replace
 from functools import partial
 
 from flctl.campaign.access import take_secrets
-from flctl.campaign.config import load_profile
+from flctl.campaign.config import load_profile, whole_profile
 from flctl.campaign.workspace import Workspace
 from flctl.errors import ConfigurationError, Locked, LoginNeeded
 from flctl.facility import attended, holding, renewal
 from flctl.facility.certificates import clock
 from flctl.facility.holding import Kept
 from flctl.facility.openssh import Place, jump_place
-from flctl.facility.profile import Site, missing
+from flctl.facility.profile import Site
 
 Say = Callable[[str], None]
 
@@ -22,10 +22,7 @@ Say = Callable[[str], None]
 def log_in(workspace: Workspace, name: str, limit: float | None, say: Say) -> None:
     """Do what a person must for one site: get a certificate, open the connections that are kept, for `limit` seconds at
     most and never longer than the profile allows. What is there already stays as it is, and nobody is asked again."""
-    site = load_profile(workspace, name)
-    if empty := missing(site):
-        path = workspace.root / "sites" / f"{name}.toml"
-        raise ConfigurationError(f"still empty: {', '.join(empty)}", hint=f"fill them in in {path}", site=name)
+    site = whole_profile(workspace, name)
     if not _needs_person(site, say):
         return
     if not attended.has_terminal():
@@ -48,16 +45,41 @@ def log_in(workspace: Workspace, name: str, limit: float | None, say: Say) -> No
 
 
 def log_out(workspace: Workspace | None, names: Sequence[str]) -> list[Kept]:
-    """Close the connections kept to these sites (all of them without a name); those that were open."""
-    closed = [kept for kept, _ in holding.everything() if not names or kept.site in names]
-    for kept in closed:
-        holding.close(kept)
-    for name in {kept.site for kept in closed}:
+    """Close the connections kept to these sites (all of them without a name); those that were open. A site of the
+    campaign is known by its hosts as well: it may have had another name when the connection was opened."""
+    known = {name: _files(workspace, name) for name in names or workspace.profiles} if workspace is not None else {}
+    closed = []
+    for kept, _ in holding.everything():
+        called = next((name for name, files in known.items() if kept.name in files), kept.site)
+        if not names or called in names:
+            closed.append(replace(kept, site=called))
+    stuck = [error for kept in closed if (error := _close(kept))]
+    for name in {kept.site for kept in closed} - {error.site for error in stuck}:
         if workspace is not None and name in workspace.profiles:
             workspace.journal.append("logout", site=name)
             with suppress(Locked), workspace.lock_site(name, patience=0.0):
                 workspace.save_contact(name, replace(workspace.contact(name), login_until=None))
+    if stuck:
+        raise stuck[0]
     return closed
+
+
+def _close(kept: Kept) -> Locked | None:
+    """End a connection; why not, if it does not let go, so that the others are ended all the same."""
+    try:
+        holding.close(kept)
+    except Locked as error:
+        return error
+    return None
+
+
+def _files(workspace: Workspace, name: str) -> set[str]:
+    """The files of a site's kept connections; none where the profile cannot be read."""
+    with suppress(ConfigurationError):
+        site = load_profile(workspace, name)
+        if site.connection == "ssh":
+            return {holding.name_of(site, place, workspace.root / "known_hosts") for place in holding.places(site)}
+    return set()
 
 
 def _needs_person(site: Site, say: Say) -> bool:
@@ -102,6 +124,7 @@ def _open(workspace: Workspace, site: Site, limit: float | None, say: Say) -> li
             if asked and site.login.coded:
                 say(f"{site.name}: a code works once: wait for the next one before you answer {place}")
             asked = True
+            holding.end_older(site, place, known_hosts)
             kept = attended.keep(site, place, known_hosts, seconds, partial(_count, workspace, site, place))
             say(f"{site.name}: the connection to {kept.place} is kept until {clock(kept.until)}")
         ends.append(kept.until)

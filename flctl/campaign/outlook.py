@@ -1,5 +1,5 @@
 """Owns what a plan means for each of its sites before anything costs node-hours: resources, limits, budgets, bytes,
-logins, space. Records and profiles alone are read; what a site itself said comes as `Told`."""
+logins, space. What is on this machine alone is read; what a site itself said comes as `Told`."""
 
 import time
 from collections.abc import Mapping, Sequence
@@ -10,14 +10,16 @@ from flctl.campaign import budget
 from flctl.campaign.access import expected_logins
 from flctl.campaign.config import BudgetTable, Configuration, load_profile
 from flctl.campaign.contacts import failure_of
-from flctl.campaign.foresight import limits_broken
+from flctl.campaign.foresight import limits_broken, way_barred
 from flctl.campaign.workspace import Workspace
 from flctl.errors import BudgetRefused, FlctlError
-from flctl.facility import limits
+from flctl.facility import holding, limits
 from flctl.facility.certificates import clock
+from flctl.facility.holding import Kept
+from flctl.facility.openssh import Place
 from flctl.facility.probe import Want
 from flctl.facility.profile import Site
-from flctl.records import Contact, Failure, Plan, Stage
+from flctl.records import Failure, Plan, Stage
 
 ROOM = 3
 """A site must have room for so many times the model: the base, the run's output, and one more for what is under way
@@ -43,7 +45,7 @@ class Told:
 class Outlook:
     """A plan at one site. `walltime` in seconds, node-hours as the site charges them, `*_round` of one round at most,
     the first one left out of `bytes_out` where the newest model is there already (`resident`); `free` and `need` in
-    bytes, `login_until` and `start` in Unix seconds."""
+    bytes, the latter `copies` times the model; `login_until` in Unix seconds."""
 
     site: str
     jobs: int
@@ -64,6 +66,7 @@ class Outlook:
     login_until: float | None
     free: int | None
     need: int
+    copies: int
     purge_days: int
     told: Told = field(default_factory=Told)
     notes: tuple[str, ...] = ()
@@ -117,8 +120,8 @@ def _at(matter: Matter, site: Site, told: Told) -> Outlook:
     hours = jobs * budget.node_hours(site)
     out, back = bytes_of_round(workspace, matter.configuration, matter.plan.sites, name)
     want = want_of(workspace, matter.configuration, site, matter.plan)
-    until, doubts = _login_until(site, contact)
-    held = site.login.hold > 0 and until is not None and until > matter.now
+    kept = {} if site.connection == "local" else holding.found(site, workspace.root / "known_hosts")
+    until, doubts = _login_until(site, kept)
     view = Outlook(
         site=name,
         jobs=jobs,
@@ -135,26 +138,28 @@ def _at(matter: Matter, site: Site, told: Told) -> Outlook:
         bytes_out=out,
         bytes_in=back,
         resident=resident,
-        logins=expected_logins(site, held=held),
+        logins=expected_logins(site, kept),
         login_until=until,
         free=contact.free,
         need=want.size,
+        copies=want.copies,
         purge_days=site.storage.purge_days,
         told=told,
     )
-    notes = (*([told.note] if told.note else ()), *doubts, *_notes(matter, site, view, want))
+    notes = (*([told.note] if told.note else doubts), *_notes(matter, site, view, want))
     return replace(view, notes=notes, problems=(*_problems(matter, site, view), *told.problems))
 
 
 def _problems(matter: Matter, site: Site, view: Outlook) -> list[Failure]:
-    errors: list[FlctlError] = []
+    errors: list[FlctlError] = [error] if (error := way_barred(site)) else []
     under_way = any(run.open for run in matter.workspace.runs(site.name))  # that was admitted
     own = replace(matter.configuration, budget=BudgetTable())  # the campaign's is for all sites together
     reason = budget.would_exceed(matter.workspace, own, site, first_hours(matter.configuration, matter.plan, site))
     if reason and not under_way:
         errors.append(BudgetRefused(reason, hint=f"raise budget.max_node_hours in sites/{site.name}.toml"))
     if view.free is not None and view.free < view.need:
-        words = f"{limits.size(view.free)} are free there, a round wants {limits.size(view.need)} ({ROOM} x the model)"
+        words = f"{limits.size(view.free)} are free there, a round wants {limits.size(view.need)}"
+        words += f" ({view.copies} x the model)"
         errors.append(BudgetRefused(words, hint="make room there; flctl plan asks the site again"))
     return [*limits_broken(matter.workspace, site, matter.now), *(failure_of(error) for error in errors)]
 
@@ -166,10 +171,11 @@ def first_hours(configuration: Configuration, plan: Plan, site: Site) -> float:
 
 
 def _notes(matter: Matter, site: Site, view: Outlook, want: Want) -> list[str]:
-    notes, room = [], view.budget - view.used - view.reserved
-    if view.budget and view.node_hours_round <= room < view.node_hours_plan:
-        rounds = f"{int(room / view.node_hours_round)} of {limits.count(matter.models, 'round')}"
-        notes.append(f"the budget has room for {rounds} if each job takes its whole walltime")
+    notes, room = [], view.budget - view.used - view.reserved + _begun(matter, site)
+    if view.budget and view.node_hours_round and room < view.node_hours_plan * (1 - 1e-9):
+        rounds = max(0, int(room / view.node_hours_round + 1e-9))
+        told = f"{rounds} of {limits.count(matter.models, 'round')}"
+        notes.append(f"the budget has room for {told} if each job takes its whole walltime")
     until = None if site.login.renew_unattended else view.login_until
     if until is not None and matter.now < until < matter.now + view.walltime:
         ends = clock(until)
@@ -182,10 +188,25 @@ def _notes(matter: Matter, site: Site, view: Outlook, want: Want) -> list[str]:
     return notes
 
 
-def _login_until(site: Site, contact: Contact) -> tuple[float | None, list[str]]:
-    """Until when the login is good without a person, and what is to be said of it."""
+def _begun(matter: Matter, site: Site) -> float:
+    """Node-hours that are used or reserved already for models that are still to be made."""
+    workspace, newest = matter.workspace, matter.workspace.newest_model().version
+    runs = [run for run in workspace.runs(site.name) if run.order.plan == matter.plan.number]
+    return sum(
+        budget.used_by(run, budget.default_rate(workspace, run)) + budget.reserved_by(run)
+        for run in runs
+        if run.order.round > newest
+    )
+
+
+def _login_until(site: Site, kept: Mapping[Place, Kept]) -> tuple[float | None, list[str]]:
+    """Until when the login is good without a person (None: for good, or not at all), and what is to be said of it."""
+    if site.connection == "ssh" and site.login.attended and site.login.hold:
+        if len(kept) == len(holding.places(site)):
+            return min(one.until for one in kept.values()), []
+        return None, [f"a person must log in first: flctl login {site.name}"]
     if site.connection == "local" or site.login.kind != "certificate":
-        return contact.login_until, []
+        return None, []
     from flctl.facility.renewal import certificate_until
 
     try:
@@ -237,15 +258,19 @@ def is_resident(workspace: Workspace, name: str) -> bool:
 
 
 def want_of(workspace: Workspace, configuration: Configuration, site: Site, plan: Plan | None) -> Want:
-    """The room that a round needs at the site: ROOM x the model, less the base if it is there, and at the site that
-    merges one more for each contribution; and how long the plan lasts at least."""
+    """The room that a round needs at the site: ROOM x the model, less the base if it is there, and one more for each
+    contribution that comes there to be merged, or each of the others' to be evaluated; and how long the plan lasts at
+    least."""
     files = workspace.model_record(workspace.newest_model().version)["files"]
     whole = sum(item["size"] for item in files)
+    sites = plan.sites if plan else tuple(workspace.profiles)
     copies = ROOM - is_resident(workspace, site.name)
     if configuration.aggregation.aggregate_at == site.name:
-        copies += len(plan.sites if plan else workspace.profiles)
+        copies += len(sites)
+    elif configuration.evaluation.cross and site.name in sites:
+        copies += len(sites) - 1
     seconds = models_left(workspace, plan) * site.shape.walltime if plan else 0
-    return Want(size=copies * whole, files=copies * len(files) + FOLDERS, seconds=seconds)
+    return Want(size=copies * whole, files=copies * len(files) + FOLDERS, copies=copies, seconds=seconds)
 
 
 def resources(view: Outlook) -> str:

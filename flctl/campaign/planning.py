@@ -4,14 +4,15 @@ import time
 from dataclasses import replace
 
 from flctl.campaign import budget, steps
-from flctl.campaign.config import Configuration, load_configuration, load_profile
+from flctl.campaign.config import Configuration, load_configuration, load_profile, whole_profile
 from flctl.campaign.engine import Engine
 from flctl.campaign.foresight import check_rule, foresee
 from flctl.campaign.report import failed_runs
 from flctl.campaign.workspace import Workspace
 from flctl.errors import ConfigurationError, FlctlError, Interrupted, Locked, LoginTooSoon, UsageError
-from flctl.facility.profile import missing
 from flctl.records import Failure, Job, Plan, Run, Stage, Work, token_of
+
+NO_SITES = "flctl site add NAME; flctl site list --available shows which there are"
 
 
 def chosen_sites(workspace: Workspace, names: list[str]) -> tuple[str, ...]:
@@ -19,17 +20,9 @@ def chosen_sites(workspace: Workspace, names: list[str]) -> tuple[str, ...]:
     if not names or names == ["all"]:
         names = list(workspace.profiles)
     if not names:
-        raise ConfigurationError(
-            f"the campaign has no sites: {workspace.root / 'sites'} is empty", hint="copy a profile there"
-        )
+        raise ConfigurationError(f"the campaign has no sites: {workspace.root / 'sites'} is empty", hint=NO_SITES)
     for name in names:
-        empty = missing(load_profile(workspace, name))
-        if empty:
-            raise ConfigurationError(
-                f"{workspace.root / 'sites' / (name + '.toml')} still lacks: {', '.join(empty)}",
-                hint="fill them in, then run the command again",
-                site=name,
-            )
+        whole_profile(workspace, name)
     return tuple(sorted(set(names)))
 
 

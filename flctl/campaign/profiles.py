@@ -47,7 +47,7 @@ def sources_of(words: Sequence[str]) -> dict[str, Path]:
         path = Path(word)
         if path.suffix != ".toml":
             if word not in available():
-                raise _unknown(word, available(), f"give the path of one of your own: path/to/{word}.toml")
+                raise _unknown(word, available(), "give the path of one of your own: path/to/NAME.toml")
             path = available()[word]
         load_site(path)
         if found.setdefault(path.stem, path) != path:
@@ -97,13 +97,13 @@ def to_fill_in(site: Site) -> list[str]:
 
 
 def person(site: Site) -> str:
-    """When a login there needs a person."""
+    """When a login there needs a person: `never`, at `each login`, or at each `renewal` of the certificate."""
     if site.connection == "local":
         return "never"
     if site.login.attended:
-        return "at each login"
+        return "each login"
     if site.login.kind == "certificate" and not site.login.renew_unattended:
-        return "to renew the certificate"
+        return "renewal"
     return "never"
 
 

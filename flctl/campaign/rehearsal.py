@@ -6,16 +6,15 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from flctl.campaign import shipped
-from flctl.campaign.config import load_configuration, load_profile
+from flctl.campaign.config import load_configuration, load_profile, whole_profile
 from flctl.campaign.contacts import failure_of
 from flctl.campaign.foresight import check_models
-from flctl.campaign.planning import agree, check_least, drafted, is_open, proposed
+from flctl.campaign.planning import NO_SITES, agree, check_least, drafted, is_open, proposed
 from flctl.campaign.privacy import outlook
 from flctl.campaign.session import VARIABLE
 from flctl.campaign.steps.deliver import read_template
 from flctl.campaign.workspace import Workspace, write_atomic
 from flctl.errors import ConfigurationError, FlctlError
-from flctl.facility.profile import missing
 from flctl.facility.script import job_script
 from flctl.records import Failure, Plan, token_of
 
@@ -46,7 +45,7 @@ def considered(
         agree(workspace, plan, names, rounds, steps)
     wanted = plan.sites if plan else tuple(workspace.profiles) if names in ([], ["all"]) else tuple(sorted(set(names)))
     if not wanted:
-        raise ConfigurationError(f"the campaign has no sites: {workspace.root / 'sites'} is empty")
+        raise ConfigurationError(f"the campaign has no sites: {workspace.root / 'sites'} is empty", hint=NO_SITES)
     problems += [(name, failure_of(error)) for name in wanted if (error := _broken(workspace, name))]
     whole = tuple(name for name in wanted if name not in dict(problems))
     if not whole:
@@ -65,10 +64,7 @@ def considered(
 def _broken(workspace: Workspace, name: str) -> FlctlError | None:
     """What is wrong with a site's profile or job template."""
     try:
-        profile = load_profile(workspace, name)
-        if empty := missing(profile):
-            path = workspace.root / "sites" / f"{name}.toml"
-            raise ConfigurationError(f"{path} still lacks: {', '.join(empty)}", hint="fill them in")
+        whole_profile(workspace, name)
         script_of(workspace, name)
     except FlctlError as error:
         return error

@@ -5,12 +5,12 @@ from contextlib import suppress
 from typing import Any
 
 from flctl.campaign.budget import standing, used_by
-from flctl.campaign.config import load_profile
 from flctl.campaign.contacts import hold_of, outlives
 from flctl.campaign.gates import warnings_of
 from flctl.campaign.privacy import shown
 from flctl.campaign.workspace import Workspace
 from flctl.errors import ConfigurationError
+from flctl.facility.profile import load_site
 from flctl.records import Contact, Run, Stage, Work, to_data
 
 
@@ -84,9 +84,10 @@ def summary(workspace: Workspace, runs: tuple[Run, ...]) -> dict[str, Any]:
 def _logins(workspace: Workspace, site: str, runs: tuple[Run, ...]) -> dict[str, Any]:
     """How often a site was logged in to for this campaign, when last, and until when what that used is good."""
     contact, warning = workspace.contact(site), ""
-    with suppress(ConfigurationError):
-        its = [run for run in runs if run.site == site]
-        warning = outlives(contact, load_profile(workspace, site), its, time.time())
+    if contact.login_until is not None:
+        with suppress(ConfigurationError):
+            its = [run for run in runs if run.site == site]
+            warning = outlives(contact, load_site(workspace.profiles[site]), its, time.time())
     return {"count": contact.logins, "last": contact.login_at, "until": contact.login_until, "warning": warning}
 
 

@@ -12,12 +12,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 
-from flctl.campaign.config import load_profile
+from flctl.campaign.config import whole_profile
 from flctl.campaign.engine import Engine
 from flctl.campaign.session import HASHING_RATE, Session, clean
 from flctl.errors import BudgetRefused, ConfigurationError, Interrupted, LoginTooSoon, TransferFailed, UsageError
 from flctl.facility.probe import space_left
-from flctl.facility.profile import missing
 from flctl.facility.shell import quote
 from flctl.records import FileEntry, from_data
 
@@ -68,10 +67,7 @@ def stage(
     anything is sent; BudgetRefused if it does not fit."""
     if not paths and not model:
         raise UsageError("nothing to stage", hint=f"flctl site stage {name} PATH..., or --model")
-    profile = load_profile(engine.workspace, name)
-    if empty := missing(profile):
-        fix = f"fill them in in {engine.workspace.root / 'sites' / (name + '.toml')}"
-        raise ConfigurationError(f"still empty: {', '.join(empty)}", hint=fix, site=name)
+    profile = whole_profile(engine.workspace, name)
     found = [_read(path, tell, engine.stop.is_set) for path in paths]
     _check_names(found)
     with engine.workspace.lock_site(name) as lock:
@@ -175,7 +171,8 @@ def _check_space(session: Session, lacking: Sequence[Item]) -> None:
         return
     contact = session.workspace.contact(session.site.name)
     session.workspace.save_contact(session.site.name, replace(contact, free=kib * 1024))
-    came = int(answers["parts"].stdout.strip() or 0) * 1024 if answers["parts"].stdout.strip().isdigit() else 0
+    parted = re.fullmatch(r"\s*(\d{1,18})\s*", answers["parts"].stdout, re.ASCII)
+    came = int(parted[1]) * 1024 if parted else 0
     need, free = max(0, sum(item.size for item in lacking) - came), kib * 1024
     if need > free:
         raise BudgetRefused(

@@ -3,12 +3,13 @@
 import secrets
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from hashlib import sha256
 from pathlib import Path, PurePosixPath
 
 from flctl.campaign.batch_side import try_batch
-from flctl.campaign.config import load_configuration, load_profile
+from flctl.campaign.config import load_configuration, load_profile, whole_profile
 from flctl.campaign.contacts import failure_of, is_held
 from flctl.campaign.engine import Engine
 from flctl.campaign.outlook import want_of
@@ -21,7 +22,7 @@ from flctl.facility.certificates import clock
 from flctl.facility.findings import verdicts
 from flctl.facility.openssh import login_place, printable, transfer_place
 from flctl.facility.probe import PATIENCE, Check, around, noise, questions, space_left
-from flctl.facility.profile import Site, missing
+from flctl.facility.profile import Site
 from flctl.facility.shell import Answer, Program, quote
 from flctl.records import Failure, FileEntry
 
@@ -68,7 +69,7 @@ def examine(engine: Engine, name: str, *, batch: float | None = None) -> SiteRep
         if isinstance(error, LoginNeeded):
             engine.access.hold(name, error)
         failure = failure_of(error)
-        checks.append(_failed(error.code.replace("_", " "), error))
+        checks.append(_failed(error.code.replace("_", " ") if checks else "profile", error))
     finally:
         engine.access.drop(name)
     logins = engine.workspace.contact(name).logins - before
@@ -77,11 +78,7 @@ def examine(engine: Engine, name: str, *, batch: float | None = None) -> SiteRep
 
 def _profile(workspace: Workspace, name: str, checks: list[Check]) -> Site:
     """The site's profile, which must be filled in."""
-    profile = load_profile(workspace, name)
-    empty = missing(profile)
-    if empty:
-        fix = f"fill them in in {workspace.root / 'sites' / (name + '.toml')}"
-        raise ConfigurationError(f"still empty: {', '.join(empty)}", hint=fix, site=name)
+    profile = whole_profile(workspace, name)
     checks.append(Check(name="profile", result="ok", detail=f"{profile.connection}, {profile.scheduler.kind}"))
     return profile
 
@@ -186,15 +183,16 @@ def _transfer(session: Session, scratch: Path, version: Answer | None) -> Check:
     (scratch / name).write_bytes(content)
     entry = FileEntry(path=name, size=len(content), sha256=sha256(content).hexdigest())
     began = time.monotonic()
-    session.note_moved("out", name, entry)
-    session.connection.push(scratch, [name], folder)
     (scratch / "back").mkdir(mode=0o700, exist_ok=True)
     try:
+        session.note_moved("out", name, entry)
+        session.connection.push(scratch, [name], folder)
         session.note_moved("in", name, entry)
         session.connection.pull(folder, [entry], scratch / "back")
         same = (scratch / "back" / name).read_bytes() == content
     finally:
-        session.ask({"remove": f"rm -f {quote(folder / name)}"})
+        with suppress(FlctlError):
+            session.ask({"remove": f"rm -f {quote(folder / name)}"})
     detail = f"4 KiB there and back in {time.monotonic() - began:.1f} s{_road(session, version)}"
     if not same:
         return Check(name="transfer", result="fail", detail="the file came back changed", exit_code=7)

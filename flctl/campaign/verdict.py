@@ -52,8 +52,8 @@ def judge(run: Run, evidence: Evidence, *, now: float, absence: float, window: f
     seen = _of_this_attempt(run, evidence)
     job = _known(run.job, evidence, seen)
     if evidence.done is not None and _is_ours(run, evidence.done):
-        told = seen is not None and seen.activity == Activity.ENDED and seen.elapsed is not None
-        return _sealed(run, job, evidence.done, evidence.base_sha256, counted=told)
+        ended = seen if seen is not None and seen.activity == Activity.ENDED else None
+        return _sealed(run, job, evidence.done, evidence.base_sha256, ended=ended)
     if _revoked(evidence.owner):
         return Verdict(stage=run.stage, job=job, revoke=True)
     if _refused(evidence, seen):
@@ -98,13 +98,19 @@ def _gone(
 
 
 def after_revoking(
-    run: Run, job: Job, owner: dict[str, Any], done: dict[str, Any] | None, base_sha256: str, refusal: str = ""
+    run: Run,
+    job: Job,
+    owner: dict[str, Any],
+    done: dict[str, Any] | None,
+    base_sha256: str,
+    refusal: str = "",
+    said: str = "",
 ) -> Verdict:
     """What stands once `owner` can no longer change hands: a record after all, a job that died, or one that can
-    never start."""
+    never start. `said`: what the submission left on stderr."""
     if done is not None and _is_ours(run, done):
         return _sealed(run, job, done, base_sha256)
-    words = f"; the scheduler said {job.state}{': ' + job.reason if job.reason else ''}" if job.state else ""
+    words = f"; the scheduler said {_words(job.state, job.reason)}" if job.state else ""
     if not _revoked(owner):
         message = f"job {job.id} ended without a record (killed, time limit or node loss){words}"
         return _failed(run, job, message, hint=f"see flctl log {run.site}, then flctl retry {run.site}")
@@ -115,8 +121,13 @@ def after_revoking(
         hint = f"correct sites/{run.site}.toml, then flctl retry {run.site}"
         return _failed(run, job, f"the scheduler says that job {job.id} can never run: {job.never}", hint=hint)
     if job.id is None:
-        return _failed(run, job, "the job was never accepted by the scheduler", hint=f"flctl retry {run.site}")
+        message = f"the job was never accepted by the scheduler{f': {said}' if said else ''}"
+        return _failed(run, job, message, hint=f"flctl retry {run.site}")
     return _failed(run, job, f"job {job.id} ended before it started{words}", hint=f"flctl retry {run.site}")
+
+
+def _words(state: str, reason: str) -> str:
+    return f"{state}: {reason}" if reason else state
 
 
 def _failed(run: Run, job: Job, message: str, *, hint: str) -> Verdict:
@@ -134,12 +145,13 @@ def _of_this_attempt(run: Run, evidence: Evidence) -> Seen | None:
 
 def _known(job: Job, evidence: Evidence, seen: Seen | None) -> Job:
     """The job's record with what this look added; what is no longer told stays as it was."""
-    owner = evidence.owner if not _revoked(evidence.owner) else None
+    owner = (evidence.owner or {}) if not _revoked(evidence.owner) else {}
+    owner_id = str(owner.get("job_id") or "")
     job = replace(
         job,
-        id=(owner or {}).get("job_id") or evidence.job_id or (seen and seen.id) or job.id,
+        id=owner_id or evidence.job_id or (seen and seen.id) or job.id,
         claimed_at=evidence.claimed_at or job.claimed_at,
-        started_at=(owner or {}).get("time") or job.started_at,
+        started_at=_moment(owner.get("time")) or job.started_at,
     )
     if seen is None:
         return job
@@ -151,6 +163,11 @@ def _known(job: Job, evidence: Evidence, seen: Seen | None) -> Job:
         expected_end=seen.expected_end,
         elapsed=job.elapsed if seen.elapsed is None else seen.elapsed,
     )
+
+
+def _moment(value: Any) -> float | None:
+    """Unix seconds that a site wrote into a record; None if they are none."""
+    return float(value) if isinstance(value, int | float) and 0 <= value < 1e12 else None
 
 
 def _owned_stage(run: Run, evidence: Evidence) -> Stage:
@@ -178,20 +195,19 @@ def _is_ours(run: Run, done: dict[str, Any]) -> bool:
     )
 
 
-def _sealed(run: Run, job: Job, done: dict[str, Any], base_sha256: str, *, counted: bool = False) -> Verdict:
-    """The record speaks: done, or failed with its reason. `counted`: the scheduler told how long the ended job ran."""
+def _sealed(run: Run, job: Job, done: dict[str, Any], base_sha256: str, *, ended: Seen | None = None) -> Verdict:
+    """The record speaks: done, or failed with its reason. `ended`: the job's end as the scheduler shows it."""
     try:
-        job = replace(
-            job,
-            id=str(done["job_id"] or job.id or ""),
-            started_at=float(done["started_at"]),
-            ended_at=float(done["ended_at"]),
-        )
-        if not counted:
+        began, finished = _moment(done["started_at"]), _moment(done["ended_at"])
+        if began is None or finished is None:
+            raise ValueError("its times are no times")
+        job = replace(job, id=str(done["job_id"] or job.id or ""), started_at=began, ended_at=finished)
+        if ended is None or ended.elapsed is None:
             known = (job.absent_at is None and job.elapsed) or 0.0
-            job = replace(job, elapsed=max(known, float(done["ended_at"]) - float(done["started_at"])))
+            job = replace(job, elapsed=max(known, finished - began))
         if done["outcome"] != "done":
-            words = f" (scheduler: {job.state})" if job.state and job.state != "COMPLETED" else ""
+            told = ended is not None and ended.state != "COMPLETED"
+            words = f" (scheduler: {_words(job.state, job.reason)})" if told else ""
             hint = f"see flctl log {run.site}, then flctl retry {run.site}"
             return _failed(run, job, f"{done['reason'] or 'the job failed'}{words}", hint=hint)
         return Verdict(stage=Stage.ENDED, job=job, contribution=_contribution(run, done, base_sha256))

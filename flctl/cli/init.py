@@ -27,4 +27,4 @@ def init(
         print("fill in:")
     for site, keys in gaps.items():
         print(f"  {workspace.root / 'sites' / (site + '.toml')}: {', '.join(keys)}")
-    print(f"then type:\n  cd {workspace.root}\n  flctl site test\n  flctl round")
+    print(f"then type:\n  cd {workspace.root}\n  flctl site test\n  flctl plan\n  flctl round")

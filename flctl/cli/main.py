@@ -53,6 +53,12 @@ JSON_COMMANDS = frozenset(
 )
 
 
+def _say_version(asked: bool) -> None:
+    if asked:
+        print(f"flctl {__version__}")
+        raise typer.Exit
+
+
 @app.callback()
 def flctl(
     context: typer.Context,
@@ -65,11 +71,10 @@ def flctl(
             help="The campaign's folder. Default: $FLCTL_CAMPAIGN, else the nearest one upwards.",
         ),
     ] = None,
-    version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", is_eager=True, callback=_say_version, help="Print the version and exit.")
+    ] = False,
 ) -> None:
-    if version:
-        print(f"flctl {__version__}")
-        raise typer.Exit
     context.obj = folder
 
 

@@ -113,6 +113,8 @@ def patiently(action: "Callable[[], T]", stop: threading.Event) -> T:
     step, or until the facility's interval is over."""
     began = time.monotonic()
     while True:
+        if stop.is_set():
+            raise Interrupted("interrupted")
         try:
             return action()
         except LoginTooSoon as early:

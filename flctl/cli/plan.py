@@ -54,7 +54,7 @@ def plan(
         print_json("plan", status="error" if code else "ok", exit_code=code, data=data, errors=problems)
     else:
         if drafted is not None:
-            _print(drafted, views, private, scripts)
+            _print(workspace, drafted, views, private, scripts)
         print_failures(problems)
     raise typer.Exit(code)
 
@@ -87,7 +87,14 @@ def _data(plan: Plan | None, views: "tuple[Outlook, ...]") -> dict[str, Any]:
     return {"first": plan.first, "target": plan.target, "steps": plan.steps, "sites": to_data(views)}
 
 
-def _print(plan: Plan, views: "tuple[Outlook, ...]", private: dict[str, Any] | None, scripts: list[Path]) -> None:
+def _print(
+    workspace: Workspace,
+    plan: Plan,
+    views: "tuple[Outlook, ...]",
+    private: dict[str, Any] | None,
+    scripts: list[Path],
+) -> None:
+    from flctl.campaign.budget import standing
     from flctl.campaign.privacy import line
     from flctl.facility.limits import size
 
@@ -96,9 +103,10 @@ def _print(plan: Plan, views: "tuple[Outlook, ...]", private: dict[str, Any] | N
         print(f"\n{view.site}")
         for name, text in _rows(view):
             print(f"  {name:<10}  {text}")
-    hours, used = sum(view.node_hours_plan for view in views), sum(view.used for view in views)
+    hours, whole = sum(view.node_hours_plan for view in views), standing(workspace)[-1]
+    used = f"{whole['used']:.4g} of {whole['max']:.4g}" if whole["max"] else f"{whole['used']:.4g}"
     moved = size(sum(view.bytes_out + view.bytes_in for view in views))
-    print(f"\ntogether    {hours:.4g} node-hours at most, {used:.4g} used so far; {moved} a round")
+    print(f"\ntogether    {hours:.4g} node-hours at most, {used} used so far; {moved} a round")
     if private:
         print(f"privacy     after model {plan.target:04d}: {line(private)}")
     print(f"scripts     {', '.join(str(path) for path in scripts)}")
@@ -106,7 +114,7 @@ def _print(plan: Plan, views: "tuple[Outlook, ...]", private: dict[str, Any] | N
 
 
 def _rows(view: "Outlook") -> list[tuple[str, str]]:
-    from flctl.campaign.outlook import ROOM, hours, resources
+    from flctl.campaign.outlook import hours, resources
     from flctl.facility.limits import count, size
     from flctl.facility.probe import start_in_words
 
@@ -120,7 +128,7 @@ def _rows(view: "Outlook") -> list[tuple[str, str]]:
         ("node-hours", f"{hours(view)}; {view.node_hours_plan:.4g} for the plan"),
         ("files", files),
         ("logins", f"{view.logins} a round"),
-        ("space", f"{free}, {size(view.need)} wanted ({ROOM} x the model)"),
+        ("space", f"{free}, {size(view.need)} wanted ({view.copies} x the model)"),
     ]
     if view.purge_days:
         rows.append(("purge", f"files that nobody touches for {view.purge_days} days are removed"))

@@ -1,6 +1,9 @@
 """`flctl site list | show | add`: which profiles there are, what one says, and one more for a campaign."""
 
 import os
+import shutil
+import sys
+import textwrap
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -42,13 +45,16 @@ def list_(
     if json:
         print_json("site list", status="ok", exit_code=0, data={"sites": rows})
         return
-    grid = Grid(("site", "title", "login", "person", "scheduler", "checked", "questions", "fill in"))
+    grid = Grid(("site", "login", "person", "scheduler", "checked", "questions"))
     for row in rows:
-        words = (row["title"], row["login"], row["person"], row["scheduler"], row["checked"], str(row["questions"]))
-        grid.add(row["name"], *words, ", ".join(row["fill_in"]))
+        grid.add(*(str(row[column]) for column in ("name", *grid.columns[1:])))
     grid.show()
     if everywhere:
         print("flctl site show NAME tells more; flctl site add NAME brings one into a campaign")
+        return
+    for row in rows:
+        if row["fill_in"]:
+            print(f"{row['path']}: fill in {', '.join(row['fill_in'])}")
 
 
 def show(
@@ -64,7 +70,7 @@ def show(
         print_json("site show", status="ok", exit_code=0, data=profiles.in_full(known))
         return
     for label, text in _about(known):
-        print(f"{label:<11}{text}")
+        _tell(label, text)
     _shapes(known.site).show()
     if known.site.queues:
         _queues(known.site.queues).show()
@@ -92,6 +98,14 @@ def _campaign(folder: Path | None) -> "Workspace | None":
     return find(folder) if folder or os.environ.get("FLCTL_CAMPAIGN") or inside else None
 
 
+def _tell(label: str, text: str) -> None:
+    line = f"{label:<11}{text}"
+    if sys.stdout.isatty():
+        width = shutil.get_terminal_size().columns
+        line = textwrap.fill(line, width, subsequent_indent=" " * 11, break_long_words=False, break_on_hyphens=False)
+    print(line)
+
+
 def _about(known: "Known") -> list[tuple[str, str]]:
     """Labels and texts, one line each."""
     from flctl.campaign.profiles import person, to_fill_in
@@ -99,7 +113,8 @@ def _about(known: "Known") -> list[tuple[str, str]]:
     site = known.site
     about, storage, budget = site.about, site.storage, site.budget
     lines = [
-        (site.name, site.title + ("" if known.here else "  (shipped; not in this campaign)")),
+        ("site", site.name + ("" if known.here else "  (shipped; not in this campaign)")),
+        ("title", site.title),
         ("docs", about.docs),
         ("checked", about.checked),
         *(("evidence", text) for text in about.evidence),
@@ -166,12 +181,11 @@ def _shapes(site: "Site") -> Grid:
 def _queues(queues: "dict[str, Queue]") -> Grid:
     from flctl.facility.script import clock
 
-    grid = Grid(("queue", "least nodes", "most nodes", "walltime", "node-hours", "running", "charge"))
+    grid = Grid(("queue", "nodes", "walltime", "node-hours", "running", "charge"))
     for name, queue in queues.items():
         grid.add(
             name,
-            str(queue.min_nodes or ""),
-            str(queue.max_nodes or ""),
+            f"{queue.min_nodes or 1}-{queue.max_nodes or ''}" if queue.min_nodes or queue.max_nodes else "",
             clock(queue.max_walltime) if queue.max_walltime else "",
             f"{queue.max_node_hours:g}" if queue.max_node_hours else "",
             str(queue.max_running or ""),

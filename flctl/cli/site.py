@@ -1,5 +1,6 @@
 """`flctl site`: profiles, whether a site is ready, whether its host is the right one."""
 
+import re
 from functools import partial
 from typing import TYPE_CHECKING, Annotated
 
@@ -8,6 +9,7 @@ import typer
 from flctl.cli import profiles, stage
 from flctl.cli.moving import a_person, find, moving, patiently
 from flctl.cli.output import Grid, print_failures, print_json
+from flctl.errors import UsageError
 
 if TYPE_CHECKING:
     from flctl.campaign.trial import SiteReport
@@ -69,4 +71,9 @@ def trust(
     """Accept a site's host key, if the host shows the one with this fingerprint."""
     from flctl.campaign.trial import trust_host
 
+    if not re.fullmatch(r"SHA256:[A-Za-z0-9+/]{43}=?", fingerprint.strip()):
+        raise UsageError(
+            f"{fingerprint!r} is no fingerprint: SHA256: and 43 letters, digits, + and / are one",
+            hint=f"flctl site test {name} shows the host's; compare it with what the facility publishes",
+        )
     print(trust_host(find(context.obj), name, fingerprint))

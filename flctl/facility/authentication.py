@@ -93,15 +93,17 @@ def _tried(wire: Wire, site: Site, answers: Answers, attempt: Callable[[], list[
     except Exception as error:
         if answers.refusal is not None:
             raise answers.refusal from None
-        refused = isinstance(error, paramiko.AuthenticationException) and wire.is_active()
-        if not (refused or wire.farewell) or time.monotonic() - began > AUTH_TIMEOUT:
-            if isinstance(error, (paramiko.SSHException, EOFError, OSError)):
-                raise unreachable(site, login_place(site), error) from error
+        if not isinstance(error, (paramiko.SSHException, EOFError, OSError)):
             raise
-        raise _refused(site, answers, wire.farewell) from None
+        refused = isinstance(error, paramiko.AuthenticationException) and wire.is_active()
+        # Who hangs up on an answer has refused it, for all we know: to try again may lock the account.
+        heard = refused or wire.farewell or answers.given
+        if not heard or time.monotonic() - began > AUTH_TIMEOUT:
+            raise unreachable(site, login_place(site), error) from error
+        raise _refused(site, answers, wire.farewell, "refused" if refused else "hung up on") from None
 
 
-def _refused(site: Site, answers: Answers, farewell: str) -> LoginNeeded:
+def _refused(site: Site, answers: Answers, farewell: str, what: str) -> LoginNeeded:
     name, login = site.name, site.login
     if not answers.given:
         return LoginNeeded(
@@ -112,7 +114,7 @@ def _refused(site: Site, answers: Answers, farewell: str) -> LoginNeeded:
         )
     keys = [f"login.{'totp' if kind == 'code' else kind}.secret" for kind in answers.kinds]
     return LoginNeeded(
-        f"{login.host} refused the {answers.given}; it is not tried again by itself",
+        f"{login.host} {what} the {answers.given}; it is not tried again by itself",
         hint=f"is this machine's clock right, is {' and '.join(keys)} in sites/{name}.toml that of {login.user}? "
         f"Log in by hand once; then flctl release {name}",
         site=name,

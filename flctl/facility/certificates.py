@@ -17,7 +17,7 @@ LEAST = 5.0
 """Seconds that must be left of a certificate before it is offered: the login has to be through by then."""
 
 KEPT = 7 * 86400.0
-"""Seconds for which the copy of an agent's certificate is kept; they live for hours or a day."""
+"""Seconds for which the public half of what an agent holds is kept; certificates live for hours or a day."""
 
 FOREVER = float(1 << 40)
 """Unix seconds. A certificate without an end says 2**64 - 1, which no calendar can show."""
@@ -77,18 +77,18 @@ def rank(dates: Dates, user: str) -> tuple[bool, bool, float]:
     return dates.valid(), user in dates.users or not dates.users, dates.before
 
 
-def kept_certificate(line: str) -> Path:
-    """A file with this certificate, which is public, for programs that take a file only; old ones go away."""
-    folder = state_folder() / "certificates"
+def kept_public(line: str) -> Path:
+    """A file with this public key or certificate, for programs that take a file only; old ones go away."""
+    folder = state_folder() / "public"
     folder.mkdir(mode=0o700, exist_ok=True)
-    path = folder / f"{sha256(line.encode()).hexdigest()[:32]}-cert.pub"
-    if not path.exists():
-        for old in folder.iterdir():
+    path = folder / f"{sha256(line.encode()).hexdigest()[:32]}.pub"
+    draft = folder / f".{path.name}.{os.getpid()}.{threading.get_ident()}"
+    draft.write_text(line, encoding="ascii")
+    draft.rename(path)
+    for old in folder.iterdir():
+        with suppress(FileNotFoundError):
             if old.stat().st_mtime < time.time() - KEPT:
-                old.unlink(missing_ok=True)
-        draft = folder / f".{path.name}.{os.getpid()}.{threading.get_ident()}"
-        draft.write_text(line, encoding="ascii")
-        draft.rename(path)
+                old.unlink()
     return path
 
 

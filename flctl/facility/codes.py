@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from flctl.errors import CodeSpent, ConfigurationError, FlctlError, LoginNeeded
-from flctl.facility import fields, ledger
+from flctl.facility import fields, holding, ledger
 from flctl.facility.openssh import printable
 from flctl.facility.profile import Site, Totp
 from flctl.facility.references import read_reference
@@ -27,6 +27,9 @@ COMBINED = re.compile(r"(?i)password\s*(?:&|and|\+)\s*(?:verification code|(?:on
 
 CHANGE = re.compile(r"(?i)\b(?:new|retype|repeat|current|old|expired|chang\w*)\b.*\b(?:password|pin)\b")
 """A question of a change of password, which is never answered, whatever a profile's pattern matches."""
+
+LONGEST = 1000
+"""Characters of the longest question that is compared with patterns: a longer one could keep us for hours."""
 
 _WORDS: dict[Given, str] = {"password": "password", "code": "one-time code"}
 
@@ -69,7 +72,8 @@ class Answers:
     def __init__(self, site: Site) -> None:
         """LoginNeeded (not attempted) where a person must answer; ConfigurationError if a secret cannot be had;
         CodeSpent if the present code is used already. No connection need be made then."""
-        _refuse_attended(site)
+        if site.login.attended:
+            raise holding.needed(site, "what the site asks at a login, flctl may not answer")
         self.site = site
         self.refusal: FlctlError | None = None
         self.dialogue: list[Exchange] = []
@@ -100,9 +104,9 @@ class Answers:
     def answer(self, question: str, context: str = "") -> str:
         """The password or the code, if the question asks for it; else LoginNeeded, with the server's words. CodeSpent
         if another process took the code meanwhile."""
-        words = printable(f"{context} {question}")
+        words = f"{printable(context, 200)} {printable(question)}".strip()
         try:
-            wanted = self._wanted(question.strip(), words)
+            wanted = self._wanted(question.strip() if len(question) <= LONGEST else "", words)
             given = "".join(self._give(kind) for kind in wanted)
         except FlctlError as error:
             self.dialogue.append(Exchange(question=words))
@@ -164,25 +168,6 @@ def wanted_by(question: str, site: Site) -> tuple[Given, ...]:
     if login.kind == "password+totp" and re.search(login.password.prompt, question):
         return ("password",)
     return ()
-
-
-def _refuse_attended(site: Site) -> None:
-    """A person can log in only where the connection may be kept; where neither person nor program can, the profile is
-    to be changed."""
-    name, login = site.name, site.login
-    if not login.attended:
-        return
-    why, store = "only a person can answer its questions", ""
-    if login.kind != "attended":
-        why = "the profile does not say that the facility permits automating it"
-        store = f"; or, where the facility permits it, flctl auth store {name}"
-    what = f"logging in costs a code, and {why}"
-    if not login.hold:
-        hint = f"where the facility allows to keep a connection, set login.hold in sites/{name}.toml{store}"
-        raise ConfigurationError(what, hint=hint, site=name)
-    error = LoginNeeded(what, hint=f"flctl login {name}{store}", site=name)
-    error.attempted = False
-    raise error
 
 
 def secret_of(site: Site) -> Secret:

@@ -177,22 +177,27 @@ def host_key(site: Site, known_hosts: Path) -> HostKey:
 
 def trust(site: Site, fingerprint: str, known_hosts: Path) -> None:
     """Write a host's key to the campaign's known_hosts, instead of an older one, if the host shows a key with this
-    fingerprint: the jump host, the login host or the transfer host. HostKeyRefused if none of them does."""
+    fingerprint: the jump host, the login host or the transfer host. HostKeyRefused if none of them does,
+    SiteUnreachable if none shows any."""
     from flctl.facility.login import shown_key
 
     jump = jump_place(site)
     places = [*([jump] if jump else []), login_place(site), transfer_place(site)]
-    shown = []
+    shown, refused = [], False
     for place in dict.fromkeys(places):
         try:
             key = shown_key(site, place, known_hosts)
         except (HostKeyRefused, SiteUnreachable) as error:
             shown.append(error.message)
+            refused = refused or isinstance(error, HostKeyRefused)
             continue
         if key.fingerprint == fingerprint.strip().rstrip("="):
             hostkeys.replace(known_hosts, place, key)
             return
         shown.append(f"{place} shows {key}")
+        refused = True
+    if not refused:
+        raise SiteUnreachable("; ".join(shown), hint="nothing was changed; type it again later", site=site.name)
     raise HostKeyRefused(
         f"no host of the site shows {fingerprint}: {'; '.join(shown)}",
         hint="compare what is shown with what the facility publishes, and give the fingerprint that is right",

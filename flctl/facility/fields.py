@@ -14,8 +14,8 @@ CODE_PROMPT = (
     r"(?:verification code|one[- ]time (?:password|passcode|code)|\bt?otp\b|authenticator code|second factor)"
 )
 
-_HOST = r"[A-Za-z0-9](?:[A-Za-z0-9.-]{0,252}[A-Za-z0-9])?|[0-9A-Fa-f]{0,4}(?::[0-9A-Fa-f]{0,4}){2,7}"
-_USER = r"[A-Za-z0-9_][A-Za-z0-9_.+-]{0,63}"
+HOST = r"[A-Za-z0-9](?:[A-Za-z0-9.-]{0,252}[A-Za-z0-9])?|[0-9A-Fa-f]{0,4}(?::[0-9A-Fa-f]{0,4}){2,7}"
+USER = r"[A-Za-z0-9_][A-Za-z0-9_.+-]{0,63}"
 _WORD = r"[A-Za-z0-9_][A-Za-z0-9_.+@-]{0,127}"
 _PLAIN_PATH = r"[A-Za-z0-9_.+@/-]"
 _VARIABLE = r"\$(?:[A-Za-z_]\w*|\{[A-Za-z_]\w*\})"
@@ -110,8 +110,8 @@ _PATH_RULE = "an absolute path; it may hold $NAME or ${NAME}, but no quotes, bac
 _BARE = r"[A-Za-z0-9_][A-Za-z0-9_.+-]*"
 
 Name = Annotated[str, _given(r"[a-z0-9][a-z0-9_-]{0,62}", "a site's name: lower-case letters, digits, - and _")]
-Host = Annotated[str, like(_HOST, "a host name")]
-User = Annotated[str, like(_USER, "a user name")]
+Host = Annotated[str, like(HOST, "a host name")]
+User = Annotated[str, like(USER, "a user name")]
 Port = Annotated[int, between(1, 65535)]
 Word = Annotated[str, like(_WORD, "a name: letters, digits and _ . + @ -")]
 Partition = Annotated[str, like(rf"{_WORD}(?:,{_WORD})*", "a partition, or several with commas between")]
@@ -125,7 +125,7 @@ Walltime = Annotated[int, Check(optional_seconds_of, before=True)]
 Moment = Annotated[float, Check(moment_of, before=True)]
 Day = Annotated[str, Check(_day)]
 Address = Annotated[str, like(r"https?://[!-~]+", "an address: https://...")]
-Jump = Annotated[str, like(rf"(?:{_USER}@)?(?:[A-Za-z0-9][A-Za-z0-9.-]*)(?::\d{{1,5}})?", "[user@]host[:port]")]
+Jump = Annotated[str, like(rf"(?:{USER}@)?(?:[A-Za-z0-9][A-Za-z0-9.-]*)(?::\d{{1,5}})?", "[user@]host[:port]")]
 Proxy = Annotated[str, like(r"https?://[A-Za-z0-9.-]+(?::\d{1,5})?/?", "a proxy: http://host:port")]
 Words = Annotated[str, like(rf"(?:{_PLAIN}|{_VARIABLE})+", _COMMAND_RULE)]
 LocalCommand = Annotated[str, Check(_command)]

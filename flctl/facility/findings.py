@@ -38,7 +38,10 @@ def _plain(name: str, answer: Answer, fix: str, *, detail: str = "") -> Check:
 
 
 def _clock(answer: Answer, now: float) -> Check:
-    skew = float(answer.stdout) - now if answer.stdout.strip().isdigit() else 0.0
+    told = re.fullmatch(r"\s*(\d{1,12})\s*", answer.stdout, re.ASCII)
+    if told is None:
+        return Check(name="clock", result="warn", detail=f"unknown ({words(answer)})", fix="see `date +%s` there")
+    skew = float(told[1]) - now
     if abs(skew) > CLOCK_SKEW_MOST:
         fix = "set this machine's clock: one-time codes and deadlines depend on it"
         return Check(name="clock", result="warn", detail=f"{skew:+.0f} s from ours", fix=fix)
@@ -129,18 +132,24 @@ def _queue(site: Site, scheduler: Scheduler, answers: Mapping[str, Answer], file
 
 
 def _work(site: Site, answers: Mapping[str, Answer], work: str, want: Want, file: str) -> list[Check]:
-    if answers["work"].status != 0:
-        detail = words(answers["work"])
-        return [Check(name="work folder", result="fail", detail=detail, fix=f"set storage.work in {file}")]
     days = site.storage.purge_days
-    kept = f"; what nobody touches for {days} days is removed" if days else ""
-    checks = [Check(name="work folder", result="ok", detail=f"{work} can be written{kept}")]
+    checks = [_writable(answers["work"], work, days, file)]
     if days and want.seconds > days * 86400:
         fix = "keep data and Python's environment elsewhere, or touch them: flctl brings its own files again"
         detail = f"the plan lasts {want.seconds / 86400:.0f} days or more; untouched files go after {days}"
         checks.append(Check(name="purge", result="warn", detail=detail, fix=fix))
     checks += [_space(answers["space"], want), *_inodes(answers["inodes"], want)]
     return checks + _told("quota", answers, f"see storage.quota in {file}", "")
+
+
+def _writable(answer: Answer, work: str, days: int, file: str) -> Check:
+    name, detail = "work folder", words(answer)
+    if answer.status == 0:
+        kept = f"; what nobody touches for {days} days is removed" if days else ""
+        return Check(name=name, result="ok", detail=f"{work} can be written{kept}")
+    if re.search(r"(?i)no space left|quota exceeded", detail):
+        return Check(name=name, result="fail", detail=detail, fix="make room there", exit_code=9)
+    return Check(name=name, result="fail", detail=detail, fix=f"set storage.work in {file}")
 
 
 def _space(answer: Answer, want: Want) -> Check:

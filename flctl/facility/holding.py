@@ -16,7 +16,7 @@ import stat
 import subprocess
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 from flctl.errors import ConfigurationError, FlctlError, Locked, LoginNeeded
@@ -43,13 +43,14 @@ PATH_MOST = 103 - 17
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Kept:
     """A kept connection. `site` as the profile calls it that opened it; `place` is user@host; times in Unix seconds;
-    `name` of its files."""
+    `name` of its files; `machine` that it is on, for the folder may be seen by others."""
 
     name: str
     site: str
     place: str
     since: float
     until: float
+    machine: str = field(default_factory=lambda: os.uname().nodename)
 
     @property
     def socket(self) -> Path:
@@ -87,51 +88,70 @@ def places(site: Site) -> list[Place]:
 
 
 def find(site: Site, place: Place, known_hosts: Path) -> Kept | None:
-    """The living connection to a host that was opened with the trust that this campaign has in it."""
+    """The living connection to a host that was opened with the trust that this campaign has in it, as long as the
+    profile allows it now; another campaign's may have allowed more."""
     kept = _read(name_of(site, place, known_hosts))
-    return kept if kept is not None and kept.alive else None
+    if kept is None:
+        return None
+    allowed = replace(kept, until=min(kept.until, kept.since + site.login.hold))
+    return allowed if allowed.alive else None
+
+
+def found(site: Site, known_hosts: Path) -> dict[Place, Kept]:
+    """The living connections to a site, by host."""
+    kept = {place: find(site, place, known_hosts) for place in places(site)}
+    return {place: one for place, one in kept.items() if one is not None}
+
+
+def end_older(site: Site, place: Place, known_hosts: Path) -> None:
+    """Close a connection to a host that has lasted longer than the profile allows now."""
+    kept = _read(name_of(site, place, known_hosts))
+    if kept is not None and kept.alive and find(site, place, known_hosts) is None:
+        close(kept)
 
 
 def everything() -> list[tuple[Kept, bool]]:
-    """Every connection on record and whether it lives; what is left of others is removed."""
-    found = []
+    """Every connection of this machine on record and whether it lives; what is left of others is removed."""
+    listed = []
     for path in sorted(folder().glob("*.json")):
         kept = _read(path.stem)
+        alive = kept is not None and kept.alive
+        if kept is not None and not alive and kept.machine != os.uname().nodename:
+            continue  # in a home that machines share; a laptop's name may change, then it still answers
         if kept is not None:
-            found.append((kept, kept.alive))
-        descriptor = _open_lock(path.stem)
-        try:
-            if _try(lambda: fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)):  # noqa: B023  called at once
-                clear(path.stem)
-        finally:
-            os.close(descriptor)
-    return found
+            listed.append((kept, alive))
+        _sweep(path.stem)
+    return listed
 
 
-def needed(site: Site, *, ended: bool = False) -> FlctlError:
+def needed(site: Site, why: str = "no kept connection is open") -> FlctlError:
     """That a person must log in; nothing was sent to the site."""
+    name = site.name
+    store = "" if site.login.kind == "attended" else f"; where it permits codes of a program: flctl auth store {name}"
     if not site.login.hold:
         return ConfigurationError(
             "a person must answer each login there, and the profile does not allow to keep a connection",
-            hint=f"if the facility permits it, set login.hold in sites/{site.name}.toml; or, where a program may make "
-            "the codes, login.totp.automation",
-            site=site.name,
+            hint=f"where the facility permits that, set login.hold in sites/{name}.toml{store}",
+            site=name,
         )
-    why = "the kept connection has ended" if ended else "no kept connection is open"
-    error = LoginNeeded(f"a person must log in: {why}", hint=f"flctl login {site.name}", site=site.name)
+    error = LoginNeeded(f"a person must log in: {why}", hint=f"flctl login {name}", site=name)
     error.attempted = False
     return error
 
 
 def close(kept: Kept) -> None:
-    """End a connection and everything that uses it; its holder cleans up."""
+    """End a connection and everything that uses it; its holder cleans up. Locked if it does not let go."""
     _exit(kept.socket)
     deadline = time.monotonic() + HOLDER_TIMEOUT
     while _is_locked(kept.name):
         if time.monotonic() > deadline:
-            raise FlctlError(f"the connection to {kept.place} does not end", hint="ps shows its ssh; end that")
+            raise Locked(
+                f"the connection to {kept.place} does not end",
+                hint=f"pgrep -f {kept.socket} shows its ssh: end that",
+                site=kept.site,
+            )
         time.sleep(0.02)
-    clear(kept.name)
+    _sweep(kept.name)
 
 
 def through(kept: Kept) -> list[str]:
@@ -192,6 +212,16 @@ def clear(name: str) -> None:
         _exit(address)
         address.unlink(missing_ok=True)
     record_of(name).unlink(missing_ok=True)
+
+
+def _sweep(name: str) -> None:
+    """Remove what is left of a connection, unless it has a holder or somebody opens it anew."""
+    descriptor = _open_lock(name)
+    try:
+        if _try(lambda: fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)):
+            clear(name)
+    finally:
+        os.close(descriptor)
 
 
 def _exit(address: Path) -> None:

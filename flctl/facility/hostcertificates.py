@@ -6,8 +6,13 @@ The rules are those of OpenSSH (PROTOCOL.certkeys, sshkey.c); one that names no 
 import base64
 import re
 import time
+from contextlib import suppress
+from typing import TYPE_CHECKING
 
 from flctl.facility.openssh import Place
+
+if TYPE_CHECKING:
+    from cryptography.hazmat.primitives.serialization import SSHCertificate
 
 ALGORITHMS = tuple(
     f"{name}-cert-v01@openssh.com"
@@ -22,27 +27,20 @@ ALGORITHMS = tuple(
 def objection(certificate: bytes, key: bytes, place: Place, authorities: set[bytes], now: float | None = None) -> str:
     """Why a certificate does not vouch for the key of this host; empty if it does. Keys as SSH writes them."""
     from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
-    from cryptography.hazmat.primitives.serialization import (
-        SSHCertificate,
-        SSHCertificateType,
-        load_ssh_public_identity,
-    )
+    from cryptography.hazmat.primitives.serialization import SSHCertificateType
 
-    kind = certificate[4 : 4 + int.from_bytes(certificate[:4], "big")]
+    authority = signer(certificate)
     try:
-        found = load_ssh_public_identity(kind + b" " + base64.b64encode(certificate))
-        if not isinstance(found, SSHCertificate):
-            return "it is no certificate"
-        signer = _blob(found.signature_key())
+        found = _read(certificate)
         found.verify_cert_signature()
         certified = _blob(found.public_key())
     except (ValueError, InvalidSignature, UnsupportedAlgorithm):
         return "it cannot be read, or its signature is wrong"
-    if signer not in authorities:
+    if authority not in authorities:
         return "your known_hosts names another authority for this host"
     if found.type is not SSHCertificateType.HOST or certified != key:
         return "it is not one of this host key"
-    if _signature_kind(certificate, signer) == b"ssh-rsa":
+    if _signature_kind(certificate, authority) == b"ssh-rsa":
         return "it is signed with SHA-1"
     if found.critical_options:
         return "it has critical options, which hosts' certificates do not have"
@@ -53,6 +51,26 @@ def objection(certificate: bytes, key: bytes, place: Place, authorities: set[byt
     if not any(_matches(name, place.host.lower()) for name in names):
         return f"it is for {', '.join(names) or 'no host at all'}"
     return ""
+
+
+def signer(certificate: bytes) -> bytes:
+    """The key of the authority that signed a certificate; empty if it cannot be read."""
+    from cryptography.exceptions import UnsupportedAlgorithm
+
+    with suppress(ValueError, UnsupportedAlgorithm):
+        return _blob(_read(certificate).signature_key())
+    return b""
+
+
+def _read(certificate: bytes) -> "SSHCertificate":
+    """ValueError if it is none."""
+    from cryptography.hazmat.primitives.serialization import SSHCertificate, load_ssh_public_identity
+
+    kind = certificate[4 : 4 + int.from_bytes(certificate[:4], "big")]
+    found = load_ssh_public_identity(kind + b" " + base64.b64encode(certificate))
+    if not isinstance(found, SSHCertificate):
+        raise ValueError("it is no certificate")
+    return found
 
 
 def _blob(key: object) -> bytes:

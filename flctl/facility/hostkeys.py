@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import TextIO
 
 from flctl.errors import ConfigurationError, HostKeyRefused
-from flctl.facility.hostcertificates import objection
+from flctl.facility.hostcertificates import objection, signer
 from flctl.facility.openssh import Place, environment
 from flctl.facility.profile import Site
 
@@ -91,9 +91,10 @@ def verify(shown: HostKey, site: Site, place: Place, known_hosts: Path) -> str:
 
 
 def _refuse_revoked(shown: HostKey, site: Site, place: Place, known: Sequence[Entry]) -> None:
-    if any(entry.marker == "@revoked" and entry.key == shown for entry in known):
+    shows = {shown.blob: "", signer(shown.certificate): "the authority of "}
+    for whose in (shows[entry.key.blob] for entry in known if entry.marker == "@revoked" and entry.key.blob in shows):
         raise HostKeyRefused(
-            f"the host key that {place} shows, {shown}, is marked as revoked in your known_hosts",
+            f"{whose}the host key that {place} shows, {shown}, is marked as revoked in your known_hosts",
             hint="do not log in there; ask the facility",
             site=site.name,
         )
@@ -101,18 +102,11 @@ def _refuse_revoked(shown: HostKey, site: Site, place: Place, known: Sequence[En
 
 def _authority(shown: HostKey, place: Place, known: Sequence[Entry]) -> tuple[HostKey | None, str]:
     """The authority whose certificate came with the key and vouches for it; else None, and what is wrong with it."""
-    revoked = [entry.key for entry in known if entry.marker == "@revoked"]
     named = [entry.key for entry in known if entry.marker == "@cert-authority"]
     if not shown.certificate or not named:
         return None, ""
-    objections = []
-    for key in dict.fromkeys(named):
-        objections.append(why := objection(shown.certificate, shown.blob, place, {key.blob}))
-        if not why and key not in revoked:
-            return key, ""
-    if "" in objections:
-        return None, "its authority is marked as revoked in your known_hosts"
-    return None, max(objections, key=lambda why: "another authority" not in why)
+    why = objection(shown.certificate, shown.blob, place, {key.blob for key in named})
+    return (None if why else next(key for key in named if key.blob == signer(shown.certificate))), why
 
 
 def kinds_on_file(place: Place, known_hosts: Path) -> tuple[str, ...]:
@@ -122,9 +116,9 @@ def kinds_on_file(place: Place, known_hosts: Path) -> tuple[str, ...]:
 
 
 def certified(place: Place, known_hosts: Path) -> bool:
-    """Whether an authority is named for a host: only then is it asked for a certificate."""
-    found = [entry for path in (known_hosts, *user_files()) for entry in entries(path, place)]
-    return any(entry.marker == "@cert-authority" for entry in found)
+    """Whether an authority is named for a host, or a key revoked, which may be one: only then is it asked for a
+    certificate."""
+    return any(entry.marker for path in (known_hosts, *user_files()) for entry in entries(path, place))
 
 
 def settled(place: Place, known_hosts: Path) -> bool:

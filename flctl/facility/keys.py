@@ -8,7 +8,7 @@ from pathlib import Path
 import paramiko
 
 from flctl.errors import ConfigurationError, LoginNeeded
-from flctl.facility.certificates import Dates, dates_in_file, dates_of_blob, ended, kept_certificate, rank
+from flctl.facility.certificates import Dates, dates_in_file, dates_of_blob, ended, kept_public, rank
 from flctl.facility.openssh import certificate_path, expand, printable
 from flctl.facility.profile import Site
 
@@ -61,14 +61,16 @@ def certificate_dates(site: Site) -> Dates | None:
     return held[0][1] if held else None
 
 
-def agent_certificates(site: Site) -> list[Path]:
-    """Files that hold the agent's valid certificates, the one to offer first at their head. Given them, ssh offers them
-    alone: it would try each plain key of the agent, too, and each certificate that has ended."""
-    return [
-        kept_certificate(f"{key.get_name()} {key.get_base64()}\n")
-        for key, dates in _held_certificates(site)
-        if dates.valid()
-    ]
+def agent_files(site: Site) -> list[Path]:
+    """Files with the public halves of what we offer of the agent's, the one to offer first at their head. Given them,
+    ssh offers them alone: it would try all that the agent holds, and servers hang up after six."""
+    keys: list[paramiko.AgentKey] = []
+    if site.login.kind == "certificate":
+        keys = [key for key, dates in _held_certificates(site) if dates.valid()]
+    else:
+        with suppress(paramiko.SSHException, OSError):
+            keys = [key for key in paramiko.Agent().get_keys() if not _is_certificate(key)]
+    return [kept_public(f"{key.get_name()} {key.get_base64()}\n") for key in keys]
 
 
 def _held_certificates(site: Site) -> list[tuple[paramiko.AgentKey, Dates]]:

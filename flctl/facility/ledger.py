@@ -35,7 +35,13 @@ def state_folder() -> Path:
     """The user's state folder of flctl, private to the user."""
     base = os.environ.get("XDG_STATE_HOME", "")
     folder = (Path(base) if base.startswith("/") else Path.home() / ".local" / "state") / "flctl"
-    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigurationError(
+            f"{folder} cannot be made: {error.strerror}; it keeps which one-time codes were used",
+            hint="see why; or let XDG_STATE_HOME name a folder of yours",
+        ) from None
     found = folder.lstat()
     if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.geteuid() or stat.S_IMODE(found.st_mode) & 0o077:
         raise ConfigurationError(
@@ -87,7 +93,8 @@ def _name(entries: Entries, key: bytes) -> str:
 
 def keep_interval(site: Site, place: Place, *, now: float | None = None) -> None:
     """Take the right to log in to this host (and to the jump host before it) at this moment. LoginTooSoon if a login of
-    this user was less than login.interval ago, by any flctl; nothing is taken then."""
+    this user was less than login.interval ago, by any flctl; nothing is taken then. A clock that is set back delays the
+    next login by one interval at most."""
     interval = site.login.interval
     if not interval:
         return
@@ -96,9 +103,11 @@ def keep_interval(site: Site, place: Place, *, now: float | None = None) -> None
     with _locked("logins") as path:
         # Asked only now: whoever had the lock before us logged in before this moment.
         moment = time.time() if now is None else now
-        logins = {name: at for name, at in _read_logins(path).items() if moment - KEPT < at <= moment}
+        # A login of the future was one before the clock was set back: when is not known, so it counts as one of now.
+        logins = {name: min(at, moment) for name, at in _read_logins(path).items() if moment - KEPT < at}
         last = max((logins[name] for name in names if name in logins), default=moment - interval)
         if moment < last + interval:
+            _write(path, logins)
             raise LoginTooSoon(
                 f"the last login was {moment - last:.0f} s ago, and {interval} s must lie between two",
                 until=last + interval,

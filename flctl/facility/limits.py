@@ -18,20 +18,19 @@ def too_much_there(site: Site, seen: Sequence[QueueSeen], now: float) -> tuple[s
         return ()
     there = {queue.name: queue for queue in seen}
     group = _names(site, now)[0]
-    known = tuple(name for name in group if name in there)
-    if group and not known:
+    if unknown := [name for name in group if name not in there]:
         kind = "queue" if site.scheduler.kind == "pbs" else "partition"
-        return (f"there is no {kind} {', '.join(group)}; there is: {', '.join(sorted(there)[:20])}",)
+        return (f"there is no {kind} {', '.join(unknown)}; there is: {', '.join(sorted(there)[:20])}",)
     limits = {
         name: Queue(
             min_nodes=queue.min_nodes or 0, max_nodes=queue.max_nodes or 0, max_walltime=queue.max_walltime or 0
         )
         for name, queue in there.items()
     }
-    open_ones = tuple(name for name in known if there[name].open)
+    open_ones = tuple(name for name in group if there[name].open)
     others = {name: limits[name] for name in site.queues if name in limits and there[name].open}
-    if known and not open_ones:
-        return (f"{', '.join(known)} takes no jobs now" + _advice(site.shape, known, others),)
+    if group and not open_ones:
+        return (f"{', '.join(group)} takes no jobs now" + _advice(site.shape, group, others),)
     return _broken(site.shape, (open_ones,), limits, others)
 
 

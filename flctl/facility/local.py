@@ -46,7 +46,7 @@ class LocalConnection:
             except subprocess.TimeoutExpired:
                 raise SiteUnreachable(
                     f"a command did not end within {timeout:.0f} s",
-                    hint="is this machine overloaded? It is tried again later",
+                    hint="is this machine overloaded? Rounds and ticks try again by themselves",
                     site=self.site.name,
                 ) from None
             finally:

@@ -101,10 +101,10 @@ def ssh(site: Site, place: Place, known_hosts: Path, *, code: bool = False, via_
     if via_jump and site.login.proxy_jump:
         options["ProxyCommand"] = shlex.join(jump_command(site, place, known_hosts)).replace("%", "%%")
     words = [word for name, value in options.items() for word in ("-o", f"{name}={value}")]
-    if site.login.kind == "certificate" and site.login.key == "agent":
-        from flctl.facility.keys import agent_certificates
+    if site.login.key == "agent":
+        from flctl.facility.keys import agent_files
 
-        files = [quoted(path) for path in agent_certificates(site)] or ["none"]
+        files = [quoted(path) for path in (agent_files(site) if "publickey" in methods else [])] or ["none"]
         words += [word for file in files for word in ("-o", f"IdentityFile={file}")]
     return ["ssh", "-F", "none", *words, "-p", str(place.port), "-l", place.user]
 
@@ -137,7 +137,8 @@ def unreachable(site: Site, place: Place, error: BaseException, what: str = "can
     words = printable(str(error)) or type(error).__name__
     return SiteUnreachable(
         f"{place} {what}: {words}",
-        hint=f"is the network up, are host and port in sites/{site.name}.toml right? It is tried again later",
+        hint=f"is the network up, are host and port in sites/{site.name}.toml right? "
+        "Rounds and ticks try again by themselves",
         site=site.name,
     )
 
@@ -155,10 +156,8 @@ def _methods(site: Site) -> tuple[str, ...]:
 
 def _identity(site: Site) -> dict[str, str]:
     login = site.login
-    if login.key == "agent" and login.kind == "certificate":
-        return {"IdentitiesOnly": "yes"}
     if login.key == "agent":
-        return {"IdentitiesOnly": "no", "IdentityFile": "none"}
+        return {"IdentitiesOnly": "yes"}
     identity = {"IdentitiesOnly": "yes", "IdentityFile": quoted(expand(login.key))}
     if login.kind == "certificate":
         identity["CertificateFile"] = quoted(certificate_path(site))

@@ -40,9 +40,8 @@ GRACE = 1.0
 def kept_connection(site: Site, road: "Road") -> "KeptConnection | None":
     """The site over the connections that are kept to it; None if it must be logged in to. LoginNeeded if only a person
     can do that."""
-    found = {place: holding.find(site, place, road.known_hosts) for place in holding.places(site)}
-    kept = {place: one for place, one in found.items() if one is not None}
-    if site.login.attended and len(kept) < len(found):
+    kept = holding.found(site, road.known_hosts)
+    if site.login.attended and len(kept) < len(holding.places(site)):
         raise holding.needed(site)
     return KeptConnection(site, road, kept) if login_place(site) in kept else None
 
@@ -59,6 +58,7 @@ class KeptConnection:
 
     def run(self, script: str, *, timeout: float = 60.0) -> Output:
         place = login_place(self.site)
+        self._check(place)
         argv = [*_ssh(self._kept[place], place), place.host, "/bin/sh"]
         ended = f"flctl-{secrets.token_hex(8)}"
         # In a subshell, which the program may leave as it likes; its status comes as a word, since the ssh may stay.
@@ -77,6 +77,11 @@ class KeptConnection:
             words = f"no answer within {timeout:.0f} s" if late else printable(stderr) or "it ended without a word"
             raise lost(self.site, self._kept[place], place, words)
         return Output(status=status, stdout=stdout, stderr=stderr)
+
+    def _check(self, place: Place) -> None:
+        """Nothing more is sent past its time, or when its holder has gone and cannot end it."""
+        if not self._kept[place].alive:
+            raise lost(self.site, self._kept[place], place, "it has ended")
 
     def push(self, source: Path, names: Sequence[str], target: PurePosixPath, progress: Progress | None = None) -> None:
         from flctl.facility import rsync, transfer
@@ -114,6 +119,8 @@ class KeptConnection:
         from flctl.facility.over_ssh import OverSsh
 
         place = transfer_place(self.site)
+        if place in self._kept:
+            self._check(place)
         if self._carrier is None:
             if place in self._kept:
                 self._carrier = OverKept(self.site, self.road, self._kept[place], place)
@@ -156,7 +163,7 @@ class Busy(SiteUnreachable):
 def busy(site: Site, place: Place) -> Busy:
     return Busy(
         f"{place} allows no further session over the kept connection: another flctl uses it",
-        hint="it is tried again later",
+        hint="rounds and ticks try again by themselves",
         site=site.name,
     )
 
@@ -164,9 +171,11 @@ def busy(site: Site, place: Place) -> Busy:
 def lost(site: Site, kept: Kept, place: Place, words: str) -> FlctlError:
     """What a failed session means: where a person must log in, an end of the kept connection needs that person."""
     if site.login.attended and not kept.alive:
-        return holding.needed(site, ended=True)
+        return holding.needed(site, "the kept connection has ended")
     return SiteUnreachable(
-        f"{place} does not answer over the kept connection: {words}", hint="it is tried again later", site=site.name
+        f"{place} does not answer over the kept connection: {words}",
+        hint="rounds and ticks try again by themselves",
+        site=site.name,
     )
 
 

@@ -89,15 +89,18 @@ class OverSsh:
         if re.search(r"Host key verification failed|HOST IDENTIFICATION HAS CHANGED|host key is known", words):
             return self._host_key_refused(words)
         if re.search(r"Permission denied \(|Too many authentication failures", words):
-            given = self._answers.given if self._answers else ""
-            what = given or {"certificate": "certificate", "totp": "login"}.get(self.site.login.kind, "key")
-            return LoginNeeded(
-                f"{self._place} refused the {what}: {printable(words)}",
-                hint="is it registered there, does the key have a passphrase (then ssh-add)? "
-                f"After that: flctl release {self.site.name}",
-                site=self.site.name,
-            )
+            return self._refused(words)
         return None
+
+    def _refused(self, words: str) -> LoginNeeded:
+        given = self._answers.given if self._answers else ""
+        what = given or {"certificate": "certificate", "totp": "login"}.get(self.site.login.kind, "key")
+        return LoginNeeded(
+            f"{self._place} refused the {what}: {printable(words) or 'it hung up'}",
+            hint="is it registered there, does the key have a passphrase (then ssh-add)? "
+            f"After that: flctl release {self.site.name}",
+            site=self.site.name,
+        )
 
     def _note_login(self) -> None:
         jump = jump_place(self.site)
@@ -141,7 +144,10 @@ class OverSsh:
             errors.seek(0)
             words = errors.read(65536).decode("utf-8", "replace")
         if status != 0:
-            raise self.explain(status, words) or unreachable(self.site, self._place, OSError(printable(words)))
+            lost = unreachable(self.site, self._place, OSError(printable(words)))
+            # Who hangs up on an answer has refused it, for all we know.
+            answered = self._answers is not None and self._answers.given
+            raise self.explain(status, words) or (self._refused(words) if answered else lost)
         self._note_login()
         self._lifeline = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         self._lifeline.connect(str(self._folder / f"ssh{self._masters}"))
@@ -158,7 +164,7 @@ class OverSsh:
                     return child.wait(timeout=0.1)
             raise SiteUnreachable(
                 f"{self._place} did not let us in within {LOGIN_TIMEOUT:.0f} s",
-                hint="it is tried again later",
+                hint="rounds and ticks try again by themselves",
                 site=self.site.name,
             )
         finally:

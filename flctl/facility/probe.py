@@ -18,7 +18,11 @@ Result = Literal["ok", "warn", "fail"]
 
 PATIENCE = 60
 """Seconds for one question; for Python, which imports torch from a busy parallel file system, three times as much."""
+HEARD = 4000
+"""Bytes of a command of the site's own: more would take the room of the other answers."""
 UNKNOWN_NAME = "flctlnosuchjob"
+FREE = re.compile(r"\s(\d{1,18})\s+\d+\s+(-?\d{1,18})\s+\d+%\s+/[^\n]*\s*$", re.ASCII)
+"""The last line of `df -P`; less than nothing is left where what root keeps for itself is used as well."""
 VERSIONS = "import torch, transformers; print('torch', torch.__version__, 'transformers', transformers.__version__)"
 
 
@@ -35,10 +39,12 @@ class Check:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Want:
-    """What a round needs at a site: `size` bytes, `files`; `seconds`: how long the plan still lasts at least."""
+    """What a round needs at a site: `size` bytes, which are `copies` of the model, and `files`; `seconds`: how long the
+    plan still lasts at least."""
 
     size: int
     files: int
+    copies: int = 0
     seconds: float = 0.0
 
 
@@ -48,8 +54,9 @@ def bounded(command: str, seconds: int = PATIENCE) -> str:
 
 
 def in_login_shell(command: str) -> str:
-    """The command in a login shell; what the shell itself prints is dropped."""
-    return f"bash -lc {quote(command + ' >&9 2>&9')} 9>&1 >/dev/null 2>&1"
+    """The end of what a command says in a login shell, with the command's status; what the shell prints is dropped."""
+    heard = f"set -o pipefail; {command} 2>&1 | tail -c {HEARD} >&9"
+    return f"bash -lc {quote(heard)} 9>&1 >/dev/null 2>&1"
 
 
 def trial_command(scheduler: Scheduler, script: str) -> str:
@@ -58,8 +65,8 @@ def trial_command(scheduler: Scheduler, script: str) -> str:
     command = scheduler.trial(f"{folder}/job.sh") if script else None
     if command is None:
         return ""
-    made = f"umask 077; mkdir {folder} && printf %s {quote(script)} >{folder}/job.sh && {{ {command}\n}}"
-    return bounded(f"{made}\nstatus=$?; rm -rf {folder}; exit $status", 2 * PATIENCE)
+    made = f"umask 077; mkdir {folder} && printf %s {quote(script)} >{folder}/job.sh"
+    return f"({made} && {bounded(command, 2 * PATIENCE)}\nstatus=$?; rm -rf {folder}; exit $status)"
 
 
 def space_commands(work: str) -> dict[str, str]:
@@ -70,8 +77,8 @@ def space_commands(work: str) -> dict[str, str]:
 
 def space_left(answer: Answer) -> int | None:
     """KiB or inodes free, as `df -P` tells; None where it does not (some file systems have no number of inodes)."""
-    match = re.search(r"\s(\d+)\s+(\d+)\s+(\d+)\s+\d+%\s+/[^\n]*\s*$", answer.stdout) if answer.status == 0 else None
-    return int(match[3]) if match and int(match[1]) else None
+    match = FREE.search(answer.stdout) if answer.status == 0 else None
+    return max(0, int(match[2])) if match and int(match[1]) else None
 
 
 def questions(site: Site, scheduler: Scheduler, *, work: str, data: str, script: str) -> dict[str, str]:

@@ -91,7 +91,7 @@ def _attended(words: list[str], site: Site, stop: Callable[[], bool]) -> tuple[i
 
 
 def _unattended(words: list[str], site: Site, stop: Callable[[], bool]) -> tuple[int, str]:
-    """Without a terminal. What it says is kept for the error alone."""
+    """Without a terminal. What it complains of is kept for the error; what it gives may be a key or a token."""
     with tempfile.TemporaryFile() as output:
         status = _run(
             words,
@@ -99,8 +99,8 @@ def _unattended(words: list[str], site: Site, stop: Callable[[], bool]) -> tuple
             stop,
             UNATTENDED_TIMEOUT,
             stdin=subprocess.DEVNULL,
-            stdout=output,
-            stderr=subprocess.STDOUT,
+            stdout=subprocess.DEVNULL,
+            stderr=output,
             start_new_session=True,
         )
         output.seek(max(0, output.seek(0, os.SEEK_END) - 2000))

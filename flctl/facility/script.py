@@ -105,7 +105,7 @@ def job_values(
         "partition": shape.partition,
         "qos": shape.qos,
         "reservation": reservation,
-        "queue": reservation or shape.queue,  # a reservation of PBS is a queue of its own
+        "queue": reservation.partition(".")[0] or shape.queue,  # of PBS: R123.SERVER is the queue R123
         "dependency": shape.dependency,
         "select": select(shape),
         "place": shape.place,

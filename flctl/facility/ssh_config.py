@@ -7,14 +7,13 @@ counts: not what weakens the check of host keys, forwards anything, or runs a pr
 import dataclasses
 import functools
 import getpass
-import os
 import re
-import stat
 import subprocess
 import tempfile
 from pathlib import Path
 
 from flctl.errors import ConfigurationError
+from flctl.facility.fields import HOST, USER
 from flctl.facility.openssh import certificate_path, environment, expand, printable, quoted
 from flctl.facility.profile import Login, Site, Transfer
 
@@ -93,7 +92,8 @@ def _jump(file: Path, jump: str, login: Login) -> str:
     if match is None or said is None or further:
         way = printable(f"{further}, then {jump}" if further else jump)
         raise ConfigurationError(
-            f"~/.ssh/config leads to {login.host} through {way}, and flctl goes through one jump host at most",
+            f"~/.ssh/config leads to {login.host} through {way}, and flctl goes through one jump host at most, a "
+            "[user@]host[:port]",
             hint="set login.proxy_jump in the site's profile to the one that can be reached from here",
         )
     user, port = match[1] or said.user, int(match[3] or said.port or 22)
@@ -108,10 +108,17 @@ def _said(file: Path, host: str, user: str, port: int) -> Said:
     jump = next((value for key, value in lines if key == "proxyjump"), "")
     real = next(iter(values["HostName"]), host)
     tokens = {"%": "%", "d": str(Path.home()), "h": real, "r": user or "".join(told["User"]), "u": getpass.getuser()}
+    login = next(iter(told["User"]), "")
+    for value, kind in ((real, HOST), (login, USER)):
+        if value and not re.fullmatch(kind, value):
+            raise ConfigurationError(
+                f"{file} gives {host} a name that flctl does not use: {printable(value)!r}",
+                hint=f"ssh -G {host} shows it; put it right there",
+            )
     return Said(
         host=real,
         port=int(next(iter(told["Port"]), 0)),
-        user=next(iter(told["User"]), ""),
+        user=login,
         keys=tuple(path for text in told["IdentityFile"] if (path := _path(text, tokens)).suffix != ".pub"),
         certificates=tuple(_path(text, tokens) for text in told["CertificateFile"]),
         jump=jump if jump != "none" else "",
@@ -124,7 +131,6 @@ def _path(text: str, tokens: dict[str, str]) -> Path:
 
 def _asked(file: Path, host: str, user: str, port: int) -> list[tuple[str, str]]:
     """What ssh makes of the file for a host: its keywords in small letters, with their values."""
-    _check_owner(file)
     given = ["-l", user] if user else []
     given += ["-p", str(port)] if port != 22 else []
     with tempfile.NamedTemporaryFile("w", prefix="flctl-ssh-", encoding="utf-8") as wrapped:
@@ -143,18 +149,13 @@ def _asked(file: Path, host: str, user: str, port: int) -> list[tuple[str, str]]
                 check=False,
             )
         except (OSError, subprocess.TimeoutExpired) as error:
-            raise ConfigurationError(f"ssh cannot be asked what {file} says of {host}: {error}") from None
+            why = error.strerror if isinstance(error, OSError) else f"it did not answer within {TIMEOUT:.0f} s"
+            raise ConfigurationError(
+                f"ssh cannot be asked what {file} says of {host}: {why}",
+                hint=f"is OpenSSH's client installed? ssh -G {host} must answer",
+            ) from None
     if done.returncode != 0:
         raise ConfigurationError(
             f"{file} cannot be used: {printable(done.stderr)}", hint=f"ssh -G {host} shows it; put it right there"
         )
     return [(name, value) for name, _, value in (line.partition(" ") for line in done.stdout.splitlines())]
-
-
-def _check_owner(file: Path) -> None:
-    """ssh does not read a file that others may write, where it is told nothing; it does where it is told the name."""
-    found = file.stat()
-    if found.st_uid not in (0, os.geteuid()) or stat.S_IMODE(found.st_mode) & 0o022:
-        raise ConfigurationError(
-            f"{file} must belong to you, and nobody else may write it", hint=f"chmod go-w {file}; ssh refuses it, too"
-        )

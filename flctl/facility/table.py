@@ -80,7 +80,9 @@ def refused(path: Path, problems: list[str]) -> ConfigurationError:
 
 
 def nearest(name: str, known: typing.Iterable[str]) -> str | None:
-    found = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
+    known = list(known)
+    longer = [word for word in known if len(name) > 3 and name in word]
+    found = difflib.get_close_matches(name, known, n=1, cutoff=0.6) or longer
     return found[0] if found else None
 
 
@@ -138,6 +140,8 @@ def _unknown(kind: Any, data: Mapping[str, Any], place: tuple[str, ...]) -> Iter
         here = (*place, key)
         if key not in fields:
             yield f"{dotted(here)}: unknown key; {_advice(kind, key, place)}"
+        elif dataclasses.is_dataclass(fields[key]) and not isinstance(value, dict):
+            yield f"{dotted(here)}: must be a table, which may hold: {', '.join(_fields(fields[key]))}"
         elif isinstance(value, dict):
             inner = fields[key]
             item = _item(inner)

@@ -47,7 +47,6 @@ class Job:
     used: float | None = None
     exit_status: int | None = None
     runs: int = 0
-    deleted_unseen: bool = False
     waiting_indices: list[int] = field(default_factory=list)
     estimated: float | None = None
     due: float = 0.0
@@ -126,6 +125,8 @@ class Job:
             yield "Account_Name", self.options["A"]
         yield "Checkpoint", "u"
         yield "ctime", moment(self.created)
+        if "depend=" in self.options.get("W", ""):
+            yield "depend", f"{self.options['W'].partition('depend=')[2]}@{self.server}"
         yield "Error_Path", self._path("e")
         if ran:
             yield "exec_host", f"{self.server}/{self.slot}"

@@ -41,7 +41,7 @@ class Machine:
             kind, _, others = job.options["W"].partition("depend=")[2].partition(":")
             before = [self.jobs.get(one) for one in others.split(":")]
             if any(one is None or (one.state == "F" and not _satisfied(kind, one)) for one in before):
-                self._finish(job, 91, now)
+                self._finish(job, 92 if None in before else 91, now)
             elif all(one and one.state == "F" for one in before):
                 job.state, job.substate, job.held, job.eligible = "Q", 10, "n", now
 
@@ -80,7 +80,7 @@ class Machine:
     def delete(self, job: Job, who: str) -> None:
         under_way = [running for running in self.running if running.job is job]
         if not under_way:
-            job.deleted_unseen = True
+            job.comment += " and terminated" if job.comment else ""
             self._finish(job, 91, time.time())
         elif "terminated" not in job.comment:
             job.comment += f" and terminated by {who}"

@@ -121,12 +121,13 @@ class Server(Machine):
                 elif job.state == "F" and not past:
                     status = FINISHED
                     err += f"qstat: {one} Job has finished, use -x or -H to obtain historical job information\n"
-                elif not job.deleted_unseen:
+                else:
                     shown.append(job)
         else:
-            shown = [job for job in self.jobs.values() if (past or job.state != "F") and not job.deleted_unseen]
+            shown = [job for job in self.jobs.values() if past or job.state != "F"]
         if options.get("-F") == "json":
-            return status, answers.as_json(self.name, answers.jobs_json(shown)), err
+            # Of several ids asked for, the JSON holds the first that is known.
+            return status, answers.as_json(self.name, answers.jobs_json(shown[:1] if ids else shown)), err
         if "-f" in options:
             return status, answers.jobs_text(shown), err
         return status, answers.wide(self.name, shown) if "-w" in options else answers.plain(shown), err
@@ -142,7 +143,6 @@ class Server(Machine):
             if (past or job.state != "F")
             and options.get("-N", job.name) == job.name
             and options.get("-u", job.user) == job.user
-            and not job.deleted_unseen
         ]
         return 0, "".join(f"{one}\n" for one in found), ""
 

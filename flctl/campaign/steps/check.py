@@ -1,6 +1,7 @@
 """Owns the look at submitted runs: one program per site and contact, a verdict per run, and revocation."""
 
 import json
+import re
 import time
 from dataclasses import replace
 from typing import Any
@@ -68,7 +69,7 @@ def _evidence(session: Session, run: Run, answers: dict[str, Answer], seen: tupl
         return answer.stdout if answer.status == 0 else ""
 
     def moment(text: str) -> float | None:
-        return float(text) if text.strip().isdigit() else None
+        return float(text) if re.fullmatch(r"\s*\d{1,12}\s*", text, re.ASCII) else None
 
     now, claimed_at = moment(answers["now"].stdout), moment(text("at"))
     return Evidence(
@@ -104,7 +105,8 @@ def revoke(session: Session, run: Run, verdict: Verdict, looked: dict[str, Answe
         )
     looked[f"owner{run.number}"], looked[f"done{run.number}"] = answers["owner"], answers["done"]
     base = session.workspace.model_record(run.order.base)["sha256"]
-    return after_revoking(run, verdict.job, owner, _object(answers["done"].stdout), base, verdict.refusal)
+    done, said = _object(answers["done"].stdout), clean(looked[f"err{run.number}"].stdout)
+    return after_revoking(run, verdict.job, owner, done, base, verdict.refusal, said)
 
 
 def cancel(session: Session, run: Run) -> None:

@@ -60,9 +60,9 @@ def _job(fields: list[str], activity: Callable[[str], Activity]) -> Seen:
 
 def duration(text: str) -> float | None:
     """Seconds of `N`, `MM:SS`, `HH:MM:SS` or `D-HH:MM:SS`, as Slurm prints them (squeue(1), sacct(1)); else None."""
-    if re.fullmatch(r"[0-9]+(?:\.[0-9]+)?", text, re.ASCII):
+    if re.fullmatch(r"[0-9]{1,12}(?:\.[0-9]{1,12})?", text, re.ASCII):
         return float(text)
-    match = re.fullmatch(r"(?:(?:([0-9]+)-)?([0-9]+):)?([0-9]+):([0-9]{2})", text, re.ASCII)
+    match = re.fullmatch(r"(?:(?:([0-9]{1,6})-)?([0-9]{1,9}):)?([0-9]{1,9}):([0-9]{2})", text, re.ASCII)
     if match is None:
         return None
     days, hours, minutes, seconds = (int(part or 0) for part in match.groups())

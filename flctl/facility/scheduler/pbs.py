@@ -33,8 +33,13 @@ DOUBTFUL = re.compile(
 )
 """The server may have taken the job although qsub says so (pbs_messages.c)."""
 
-DEFINITE = re.compile(r"(?:\S*/)?qsub: .|usage: *qsub|.*\bqsub\b.*not found")
-"""Everything else that qsub says is the server's own answer, or a hook's, in words that only the facility knows."""
+DEFINITE = re.compile(r"^(?:(?:\S*/)?qsub:\s+\S|usage: *qsub|.*\bqsub\b.*not found)", re.MULTILINE)
+"""Everything else that qsub says is the server's own answer, or a hook's, in words that only the facility knows
+and as many lines as it likes."""
+
+NO_NEED = f"0|{15016 % 256}|{15139 % 256}|{15001 % 256}"
+"""How qdel ends where no more is needed: done, or the job is ending (PBSE_BADSTATE), has ended (PBSE_HISTJOBID), is no
+longer known (PBSE_UNKJOBID). An exit status holds the lower eight bits of the error (pbs_error.h)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,17 +60,18 @@ class Pbs:
     def refusal(self, text: str) -> str | None:
         if DOUBTFUL.search(text):
             return None
-        words = [line.strip() for line in text.splitlines() if DEFINITE.match(line)]
-        return "; ".join(words)[:500] or None
+        found = DEFINITE.search(text)
+        return " ".join(text[found.start() :].partition("\nusage:")[0].split())[:500] if found else None
 
     def queue(self) -> str:
         """The ids of this user's jobs, then these jobs: `qstat -u` shows no more than a table that cuts names off, and
         without a user qstat lists the whole machine. -x with ids says nothing of any job where no history is kept; so
         it is left out where the history, in which live jobs are as well, is empty."""
-        past = f'past=$(qselect -x {ME}) || exit; recent=$(printf "%s\\n" $past | sort -n | tail -n {RECENT}); '
+        ended = f'printf "%s\\n" $past | grep -vxF "$ids" | sort -n | tail -n {RECENT}'
+        past = f"past=$(qselect -x {ME}) || exit; recent=$({ended}); "
         return (
             f"({PLACE}; set -f; past= recent=; ids=$(qselect {ME}) || exit; {past if self.history else ''}"
-            'set -- $(printf "%s\\n" $ids $recent | sort -u); '
+            'set -- $(printf "%s\\n" $ids $recent | sort -n -u); '
             f'[ $# -eq 0 ] || {SHOW} ${{past:+-x}} -f "$@")'
         )
 
@@ -79,7 +85,7 @@ class Pbs:
         names = " ".join(shlex.quote(token) for token in tokens)
         return (
             f"({PLACE}; set -f; ids=$(for name in {names}; do qselect -x -N $name {ME} || exit; done) || exit; "
-            f'[ -z "$ids" ] || {SHOW} -x -f $ids)'
+            f'[ -z "$ids" ] || {SHOW} -x -f $(printf "%s\\n" $ids | sort -n -u))'
         )
 
     def accounted(self, status: int, stdout: str, stderr: str) -> tuple[Seen, ...] | None:
@@ -88,11 +94,10 @@ class Pbs:
         return self.seen(status, stdout, stderr)
 
     def cancel(self, token: str, job_id: str | None) -> str:
-        """By name only: ids start again where a server lost its state, and the id may be another job's by now. A job
-        that has just finished (35) or is no longer known (153) needs no end."""
+        """By name only: ids start again where a server lost its state, and the id may be another job's by now."""
         return (
             f"({PLACE}; set -f; ids=$(qselect -N {shlex.quote(token)} {ME}) || exit; for id in $ids; do "
-            'qdel "$id"; status=$?; case $status in 0|35|153) ;; *) exit $status ;; esac; done)'
+            f'qdel "$id"; status=$?; case $status in {NO_NEED}) ;; *) exit $status ;; esac; done)'
         )
 
     def version(self) -> str:
@@ -117,7 +122,7 @@ class Pbs:
         try:
             found = json.loads(stdout, strict=False)["Queue"].items()
             return tuple(_queue(name, table) for name, table in found)
-        except (ValueError, KeyError, AttributeError, TypeError) as error:
+        except (ValueError, KeyError, AttributeError, TypeError, OverflowError) as error:
             raise QueryFailed(f"not a listing of queues: {stdout[:200]!r}") from error
 
     def accounts(self) -> str | None:

@@ -19,19 +19,40 @@ STATES = {
 }
 """Every state letter that PBS documents (qstat(1B)): T in transit, B an array that began, E ending, X a subjob done."""
 
+NEVER = "Can Never Run: "
+
+UNDER_ZERO = {
+    -1: "could not be started",
+    -2: "could not be started",
+    -4: "PBS on its node began anew",
+    -10: "no such account on its node",
+    -26: "over its vmem",
+    -27: "over its mem",
+    -28: "over its cput",
+    -29: "over its walltime",
+}
+"""Exit statuses that are PBS's own (JOB_EXEC_* in job.h of OpenPBS)."""
+
 _ACTIVITY = {letter: activity for activity, letters in STATES.items() for letter in letters}
 
-_JOB = re.compile(r"Job Id: ([0-9]+(?:\[[0-9]*\])?\.\S+)")
+_JOB = re.compile(r"Job Id: ([0-9]{1,18}(?:\[[0-9]*\])?\.\S+)")
 _ATTRIBUTE = re.compile(r"    ([A-Za-z_]\w*(?:\.[\w-]+)?) = (.*)", re.ASCII)
-_MOMENT = re.compile(r"[A-Z][a-z]{2} ([A-Z][a-z]{2}) +(\d{1,2}) (\d\d):(\d\d):(\d\d) (\d{4})", re.ASCII)
+_MOMENT = re.compile(r"[A-Z][a-z]{2} ([A-Z][a-z]{2}) +(\d{1,2}) (\d\d):(\d\d):(\d\d) ([1-9]\d{3})", re.ASCII)
 _MONTHS = ("Jan", "Feb", "Mar", "Apr", "May", "Jun", "Jul", "Aug", "Sep", "Oct", "Nov", "Dec")
 
 
 def jobs(stdout: str) -> tuple[Seen, ...]:
-    """The jobs of a listing; the first block of an id counts. Raises QueryFailed on text that is no listing."""
+    """The jobs of a listing, oldest first. Raises QueryFailed on text that is no listing.
+
+    What comes after a newer job may be an older listing in one of its variables: where it is cut it is no job, and of
+    an id that comes twice the first block counts."""
     found: dict[str, Seen] = {}
+    newest = 0
     for job_id, attributes in _blocks(stdout):
-        found.setdefault(job_id, _job(job_id, attributes))
+        number = int(re.split(r"\D", job_id)[0])
+        if number > newest or attributes.keys() >= {"Job_Name", "job_state"}:
+            found.setdefault(job_id, _job(job_id, attributes))
+        newest = max(newest, number)
     return tuple(found.values())
 
 
@@ -41,7 +62,7 @@ def activity_of(state: str) -> Activity:
 
 def duration(text: str) -> int | None:
     """Seconds of `HH:MM:SS`, `MM:SS` or `SS`."""
-    if not re.fullmatch(r"(?:\d+:){0,2}\d+", text, re.ASCII):
+    if not re.fullmatch(r"(?:\d{1,9}:){0,2}\d{1,9}", text, re.ASCII):
         return None
     seconds = 0
     for part in text.split(":"):
@@ -50,11 +71,12 @@ def duration(text: str) -> int | None:
 
 
 def _blocks(stdout: str) -> Iterator[tuple[str, dict[str, str]]]:
-    """Each job's id and attributes. A long value goes on after a tab; any other line that begins nothing belongs to a
-    value with a line end (a variable's, a name's). The first of two attributes of a name counts."""
-    job_id, attributes, last = "", dict[str, str](), ""
+    """Each job's id and attributes, after an empty line. A long value goes on after a tab; any other line that begins
+    nothing belongs to a value with a line end (a variable's, a name's). Of attributes of one name the first counts."""
+    job_id, attributes, last, before = "", dict[str, str](), "", ""
     for line in stdout.split("\n"):
-        if begun := _JOB.fullmatch(line):
+        begun, before = None if before else _JOB.fullmatch(line), line
+        if begun:
             if job_id:
                 yield job_id, attributes
             job_id, attributes, last = begun[1], {}, ""
@@ -90,17 +112,23 @@ def _job(job_id: str, attributes: dict[str, str]) -> Seen:
         expected_end=ends,
         elapsed=duration(attributes.get("resources_used.walltime", "")),
         reason="; ".join(_reasons(activity, attributes)),
-        never=comment if activity == Activity.WAITING and comment.startswith("Can Never Run") else "",
+        never=comment.removeprefix(NEVER) if activity == Activity.WAITING and comment.startswith(NEVER) else "",
     )
 
 
 def _reasons(activity: Activity, attributes: dict[str, str]) -> Iterator[str]:
-    """Why it waits, or how it ended. Above 256: the signal that killed the job's shell (qstat(1B))."""
+    """Why it waits, or how it ended. Above 256: the signal that killed the job's shell (qstat(1B)). Of a job deleted
+    for its dependency PBS keeps no word."""
     status = attributes.get("Exit_status", "")
-    if activity == Activity.ENDED and re.fullmatch(r"-?\d+", status, re.ASCII):
-        number = int(status) - 256
-        name = signal.Signals(number).name if number in signal.Signals.__members__.values() else ""
-        yield f"exit status {status}{f', {name}' if name else ''}"
+    if activity == Activity.ENDED and re.fullmatch(r"-?\d{1,6}", status, re.ASCII):
+        number = int(status)
+        by_signal = number - 256 in signal.Signals.__members__.values()
+        words = signal.Signals(number - 256).name if by_signal else UNDER_ZERO.get(number, "")
+        yield f"exit status {status}{f', {words}' if words else ''}"
+    elif activity == Activity.ENDED and not status and "stime" not in attributes:
+        yield "never started"
+        if "depend" in attributes:
+            yield f"depended on {attributes['depend']}"
     held = attributes.get("Hold_Types", "n")
     if activity == Activity.WAITING and held != "n":
         yield f"held ({held})"

@@ -13,7 +13,7 @@ ME = '--user="$(id -un)"'
 FORMAT = "%i|%T|%V|%S|%e|%M|%r|%j"
 """As listing reads it. %S of a job that waits is Slurm's estimate; %M is the time that it ran, without suspensions."""
 
-NODES = r"infinite|[0-9]+(?:-(?:[0-9]+|infinite))?"
+NODES = r"infinite|[0-9]{1,9}(?:-(?:[0-9]{1,9}|infinite))?"
 
 FILTERS = "SQUEUE_ACCOUNT SQUEUE_FORMAT2 SQUEUE_LICENSES SQUEUE_NAMES SQUEUE_PARTITION SQUEUE_QOS SQUEUE_USERS"
 """Variables of the user's own that would hide jobs from the listing."""
@@ -142,7 +142,7 @@ class Slurm:
     def estimate(self, status: int, stdout: str, stderr: str) -> Estimate:
         """`sbatch: Job 1 to start at TIME using ...`. Where EnforcePartLimits is off, as by default, it tells a start
         also for a job that its partition's limits will keep waiting: those are in `queues`."""
-        found = re.search(r"^sbatch: Job [0-9]+ to start at ([0-9]+) using ", stderr, re.MULTILINE | re.ASCII)
+        found = re.search(r"^sbatch: Job [0-9]+ to start at ([0-9]{1,11}) using ", stderr, re.MULTILINE | re.ASCII)
         if status == 0 and found:
             return Estimate(start=float(found[1]))
         words = re.findall(r"^(?:sbatch: (?:error|fatal)|allocation failure): .+", stderr, re.MULTILINE)
