@@ -623,7 +623,7 @@ def test_where_a_person_is_needed_the_site_hears_nothing(server: Sshd, tmp_path:
     with pytest.raises(LoginNeeded, match="person must log in") as caught:
         connect(attended(server), road)
     assert caught.value.hint == "flctl login hold" and not caught.value.attempted
-    with pytest.raises(ConfigurationError, match="does not allow to keep") as refused:
+    with pytest.raises(ConfigurationError, match="does not allow keeping") as refused:
         connect(attended(server, hold=0, kind="attended"), road)
     assert "login.hold" in refused.value.hint
     assert server.attempts(since).connections == 0

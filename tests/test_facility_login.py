@@ -856,8 +856,9 @@ def test_a_code_is_not_automated_without_the_facilitys_permission(
     coded: Sshd, secret: str, tmp_path: Path, totp: dict[str, str]
 ) -> None:
     since = coded.mark()
-    with pytest.raises(ConfigurationError, match="permits") as caught:
+    with pytest.raises(ConfigurationError) as caught:
         connect(site_of(coded, secret=secret, totp=totp), road_to(tmp_path, coded))
+    assert "permits" in f"{caught.value.message} {caught.value.hint}"
     assert (caught.value.exit_code, caught.value.site) == (3, coded.name)
     assert coded.attempts(since).connections == 0
 

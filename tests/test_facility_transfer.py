@@ -485,15 +485,33 @@ def test_a_full_disk_is_a_budget_refused_at_either_end(any_road: Any, tmp_path: 
         connection.pull(there(site), [sent], small_disk / "target")
 
 
-def test_a_shell_that_talks_is_named_as_the_reason(server: Sshd, tmp_path: Path) -> None:
-    write(tmp_path / "source", "a", b"x")
+def test_files_pass_a_shell_that_talks(server: Sshd, tmp_path: Path) -> None:
+    sent = write(tmp_path / "source", "a", os.urandom(300_000))
     bashrc = server.account.file(server.account.home / ".bashrc", "echo 'Welcome to the machine'\n")
+    target = fresh(server)
     try:
-        with to(server, tmp_path) as connection, pytest.raises(TransferFailed) as caught:
-            connection.push(tmp_path / "source", ["a"], there(fresh(server)))
-        assert ".bashrc" in caught.value.hint
+        with to(server, tmp_path) as connection:
+            connection.push(tmp_path / "source", ["a"], there(target))
+            connection.pull(there(target), [sent], tmp_path / "back")
+        assert (tmp_path / "back" / "a").read_bytes() == (tmp_path / "source" / "a").read_bytes()
     finally:
         bashrc.unlink()
+
+
+def test_a_shell_that_talks_at_a_transfer_host_is_named_as_the_reason(keyed: Sshd, tmp_path: Path) -> None:
+    """The same server by another address: a host of its own, whose shell nobody has heard."""
+    write(tmp_path / "source", "a", b"x")
+    with Network(keyed) as network:
+        road = road_to(tmp_path, keyed)
+        road.known_hosts.write_text(keyed.known_hosts_line + network.known_hosts_line)
+        site = site_of(keyed, transfer=Transfer(host="127.0.0.1", port=network.port))
+        bashrc = keyed.account.file(keyed.account.home / ".bashrc", "echo 'Welcome to the machine'\n")
+        try:
+            with connected(site, road) as connection, pytest.raises(TransferFailed) as caught:
+                connection.push(tmp_path / "source", ["a"], there(fresh(keyed)))
+            assert ".bashrc" in caught.value.hint
+        finally:
+            bashrc.unlink()
 
 
 def test_a_site_without_rsync_is_told_apart(server: Sshd, tmp_path: Path) -> None:

@@ -130,7 +130,7 @@ def needed(site: Site, why: str = "no kept connection is open") -> FlctlError:
     store = "" if site.login.kind == "attended" else f"; where it permits codes of a program: flctl auth store {name}"
     if not site.login.hold:
         return ConfigurationError(
-            "a person must answer each login there, and the profile does not allow to keep a connection",
+            "a person must answer each login there, and the profile does not allow keeping a connection",
             hint=f"where the facility permits that, set login.hold in sites/{name}.toml{store}",
             site=name,
         )

@@ -74,7 +74,7 @@ class Sshd:
         if self.running:
             return self
         if fresh:
-            for path in (self.log, self._authorized_keys, self._codes, self._password):
+            for path in (self.log, self._authorized_keys, self._codes, self._password, self._host_certificate):
                 path.unlink(missing_ok=True)
         self._lay_out()
         known = self.mark()
@@ -222,6 +222,10 @@ class Sshd:
         return self.folder / "host_key"
 
     @property
+    def _host_certificate(self) -> Path:
+        return self.folder / "host_key-cert.pub"
+
+    @property
     def _authority(self) -> Path:
         return self.folder / "user_ca"
 
@@ -264,7 +268,7 @@ class Sshd:
         public = self.client_key.with_suffix(".pub")
         if self.kind == "certificate":
             self.certify(public)
-        if self.host_certificate and not self._host_key.with_name("host_key-cert.pub").exists():
+        if self.host_certificate and not self._host_certificate.exists():
             self.certify_host()
         if self.kind == "password+totp" and not self._password.exists():
             self.reset_password()
