@@ -532,7 +532,7 @@ def test_this_machine_needs_no_login() -> None:
 
 
 def test_a_tick_that_comes_too_soon_after_the_last_login_comes_back(keyed: Sshd, tmp_path: Path) -> None:
-    camp = SshCampaign(tmp_path, keyed, interval=5, train={"seconds": 0})
+    camp = SshCampaign(tmp_path, keyed, interval=10, train={"seconds": 0})
     since = keyed.mark()
     try:
         camp.flctl("campaign", "start", "--rounds", "1")
@@ -542,12 +542,12 @@ def test_a_tick_that_comes_too_soon_after_the_last_login_comes_back(keyed: Sshd,
         answer = camp.json("campaign", "tick", code=0)
         assert answer["errors"] == []
         assert keyed.attempts(since).connections == 1
-        camp.wait(lambda: camp.json("campaign", "tick", code=None)["data"]["done"], limit=30)
-        assert time.monotonic() - began > 3
+        camp.wait(lambda: camp.json("campaign", "tick", code=None)["data"]["done"], limit=60)
+        assert time.monotonic() - began > 6
         ran = camp.flctl("site", "test")
         assert ran.returncode == 0, ran.stdout + ran.stderr
-        assert "5 s must lie between two; waiting" in ran.stderr
+        assert "10 s must lie between two; waiting" in ran.stderr
         times = [entry["at"] for entry in camp.logins(keyed.name)]
-        assert min(after - before for before, after in itertools.pairwise(times)) > 4.5
+        assert min(after - before for before, after in itertools.pairwise(times)) > 9.5
     finally:
         camp.clear()
