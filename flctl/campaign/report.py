@@ -10,6 +10,7 @@ from flctl.campaign.gates import warnings_of
 from flctl.campaign.privacy import shown
 from flctl.campaign.workspace import Workspace
 from flctl.errors import ConfigurationError
+from flctl.facility.certificates import clock
 from flctl.facility.profile import load_site
 from flctl.records import Contact, Run, Stage, Work, to_data
 
@@ -52,12 +53,6 @@ def _note(run: Run) -> str:
     if run.job.expected_start is not None:
         words.append(f"estimated start {clock(run.job.expected_start)}")
     return ", ".join(words)
-
-
-def clock(moment: float) -> str:
-    """A moment on this machine's clock, with the day unless it is today's."""
-    then, now = time.localtime(moment), time.localtime()
-    return time.strftime("%H:%M" if then[:3] == now[:3] else "%Y-%m-%d %H:%M", then)
 
 
 def summary(workspace: Workspace, runs: tuple[Run, ...]) -> dict[str, Any]:

@@ -77,7 +77,7 @@ def _print(result: "LoginTest") -> None:
 
 
 def _clock(moment: float) -> str:
-    from flctl.campaign.report import clock
+    from flctl.facility.certificates import clock
 
     return clock(moment)
 

@@ -78,7 +78,7 @@ def logout(
 
 
 def _show(json: bool) -> None:
-    from flctl.campaign.report import clock
+    from flctl.facility.certificates import clock
     from flctl.facility.holding import everything
 
     found = everything()

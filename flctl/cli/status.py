@@ -37,7 +37,8 @@ def status(
 def _print(workspace: Workspace, runs: tuple[Run, ...], data: dict[str, Any], everything: bool) -> None:
     from flctl.campaign.contacts import hold_of, remedy_of
     from flctl.campaign.privacy import line
-    from flctl.campaign.report import ago, clock, failed_runs, state_of
+    from flctl.campaign.report import ago, failed_runs, state_of
+    from flctl.facility.certificates import clock
 
     model, plan = data["model"], workspace.plan()
     print(f"campaign {workspace.label} in {workspace.root}")
