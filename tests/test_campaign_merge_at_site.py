@@ -395,16 +395,23 @@ def test_another_rule_after_a_failure_is_another_order(campaign: Campaign) -> No
 
 
 def test_what_was_fetched_and_then_spoilt_at_home_is_no_model(campaign: Campaign) -> None:
+    gate, waiting = campaign.root / "gate", campaign.root / "python"
+    waiting.write_text(f'#!/bin/sh\nwhile [ ! -e {gate} ]; do sleep 0.1; done\nexec {sys.executable} "$@"\n')
+    waiting.chmod(0o755)
+    set_python(campaign, waiting)
     process = campaign.popen("round", "--sites", "pisa")
-    campaign.wait(lambda: STAGES["ended"](campaign) or process.poll() is not None)
+    campaign.wait(lambda: campaign.run(MERGER).get("stage") == "running", what="the merge")
     os.killpg(process.pid, signal.SIGKILL)
     process.communicate()
+    gate.touch()
+    campaign.wait(lambda: list(campaign.remote(MERGER).glob("runs/*/done.json")), what="the merge's record")
     advance = (
-        "from pathlib import Path\nimport tempfile\nfrom flctl.campaign.engine import Engine\n"
+        "from pathlib import Path\nimport tempfile\nimport time\nfrom flctl.campaign.engine import Engine\n"
         "from flctl.campaign.workspace import Workspace\n"
-        f"Engine(workspace=Workspace(Path.cwd()), runtime=Path(tempfile.mkdtemp())).advance({MERGER!r})"
+        "engine = Engine(workspace=Workspace(Path.cwd()), runtime=Path(tempfile.mkdtemp()))\n"
+        f"while engine.open_runs({MERGER!r}):\n    engine.advance({MERGER!r})\n    time.sleep(0.2)"
     )
-    subprocess.run([sys.executable, "-c", advance], cwd=campaign.place, check=True)
+    subprocess.run([sys.executable, "-c", advance], cwd=campaign.place, check=True, timeout=60)
     assert campaign.run(MERGER)["stage"] == "fetched"
     weights = campaign.place / "runs" / MERGER / "0001" / "1" / "out" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1] + b"\1")

@@ -26,6 +26,7 @@ from flctl.errors import (
 )
 from flctl.facility import login, openssh, over_connection, over_ssh, rsync, transfer
 from flctl.facility.connection import Connection
+from flctl.facility.over_ssh import OverSsh
 from flctl.facility.profile import Transfer
 from flctl.records import FileEntry
 from tests.ssh_sites import (
@@ -582,7 +583,7 @@ def test_every_login_of_ssh_is_counted(keyed: Sshd, tmp_path: Path, multiplex: b
 def test_a_shared_connection_ends_with_ours_and_is_made_anew_when_it_is_lost(
     keyed: Sshd, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(over_ssh, "LINGER", 1)
+    monkeypatch.setattr(over_ssh, "LINGER", 3)
     write(tmp_path / "source", "a", b"x")
     runtime = str(tmp_path / "run")
 
@@ -592,7 +593,7 @@ def test_a_shared_connection_ends_with_ours_and_is_made_anew_when_it_is_lost(
     with to(keyed, tmp_path) as connection:
         connection.push(tmp_path / "source", ["a"], there(fresh(keyed)))
         first = masters()
-        time.sleep(2.5)  # longer than it may linger: only our lifeline keeps it
+        time.sleep(4.5)  # longer than it may linger: only our lifeline keeps it
         assert masters() == first and len(first) == 1
         os.kill(first[0], 9)
         wait_for(lambda: masters() == [])
@@ -600,6 +601,27 @@ def test_a_shared_connection_ends_with_ours_and_is_made_anew_when_it_is_lost(
         assert connection.logins == 3
         assert len(masters()) == 1
     wait_for(lambda: masters() == [])
+
+
+def test_a_shared_connection_that_ended_before_it_was_used_is_trouble_of_the_site(
+    keyed: Sshd, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As when this machine sleeps between ssh's login and our first use of it."""
+    wait = OverSsh._wait
+
+    def sleeping(self: OverSsh, child: "subprocess.Popen[bytes]") -> int:
+        status = wait(self, child)
+        time.sleep(3)
+        return status
+
+    monkeypatch.setattr(over_ssh, "LINGER", 1)
+    monkeypatch.setattr(OverSsh, "_wait", sleeping)
+    write(tmp_path / "source", "a", b"x")
+    with to(keyed, tmp_path) as connection:
+        with pytest.raises(SiteUnreachable, match="ended the connection at once"):
+            connection.push(tmp_path / "source", ["a"], there(fresh(keyed)))
+        monkeypatch.setattr(over_ssh, "LINGER", 10)
+        connection.push(tmp_path / "source", ["a"], there(fresh(keyed)))
 
 
 def is_master(pid: int, runtime: str) -> bool:

@@ -149,8 +149,13 @@ class OverSsh:
             answered = self._answers is not None and self._answers.given
             raise self.explain(status, words) or (self._refused(words) if answered else lost)
         self._note_login()
-        self._lifeline = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        self._lifeline.connect(str(self._folder / f"ssh{self._masters}"))
+        lifeline = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        try:
+            lifeline.connect(str(self._folder / f"ssh{self._masters}"))
+        except OSError as gone:  # ended before we came to it: this machine slept, or the connection was lost at once
+            lifeline.close()
+            raise unreachable(self.site, self._place, gone, "ended the connection at once") from gone
+        self._lifeline = lifeline
 
     def _wait(self, child: "subprocess.Popen[bytes]") -> int:
         deadline = time.monotonic() + LOGIN_TIMEOUT
