@@ -69,6 +69,13 @@ class BudgetTable:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class RetryTable:
+    attempts: Annotated[int, between(1, 100)] = 3
+    """Tries of one run that flctl makes by itself, where another try may help: a lost node, a preemption, a time limit
+    with a checkpoint to go on from."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class EvaluationTable:
     cross: bool = False
     """After each merge every site evaluates the new model and the other sites' contributions (models travel)."""
@@ -95,6 +102,7 @@ class Configuration:
     gates: GatesTable = field(default_factory=GatesTable)
     privacy: PrivacyTable = field(default_factory=PrivacyTable)
     budget: BudgetTable = field(default_factory=BudgetTable)
+    retry: RetryTable = field(default_factory=RetryTable)
 
     @property
     def steps(self) -> int:

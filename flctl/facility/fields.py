@@ -121,6 +121,13 @@ MaybeProgram = Annotated[str, like(rf"/{_PLAIN}*|{_BARE}", "a program's name or 
 PlainProgram = Annotated[str, _given(rf"/{_PLAIN}*|{_BARE}", "a program's name or absolute path, without variables")]
 LocalPath = Annotated[str, like(rf"(?:{_PLAIN}|{_VARIABLE})+", "a path")]
 Fingerprint = Annotated[str, _given(r"SHA256:[A-Za-z0-9+/]{43}=?", "a fingerprint as ssh-keygen -l prints: SHA256:...")]
+PublicKey = Annotated[
+    str,
+    like(
+        r"(?:ssh-ed25519|ssh-rsa|ecdsa-sha2-nistp(?:256|384|521)) [A-Za-z0-9+/]{60,1200}={0,2}",
+        'a public key without its comment: "ssh-ed25519 AAAA..."',
+    ),
+]
 Walltime = Annotated[int, Check(optional_seconds_of, before=True)]
 Moment = Annotated[float, Check(moment_of, before=True)]
 Day = Annotated[str, Check(_day)]

@@ -11,7 +11,7 @@ from flctl.facility.table import between, load_table, refused
 
 __all__ = [
     *("About", "Budget", "Container", "Environment", "Login", "Password", "Poll", "Queue", "Reservation", "Scheduler"),
-    *("Shape", "Site", "Storage", "Totp", "Transfer", "load_site", "load_table", "missing"),
+    *("Shape", "Signing", "Site", "Storage", "Totp", "Transfer", "load_site", "load_table", "missing"),
 ]
 
 
@@ -55,8 +55,10 @@ class Login:
 
     `key`: a file here, or "agent"; `renew`: a program here that gets a new certificate (words, no shell), and
     `renew_unattended` whether it does so without asking anybody; `multiplex`: whether the facility allows several
-    sessions over one connection; `interval`: seconds between two logins at least; `hold`: seconds for which
-    `flctl login` may keep a connection for later commands (0: the facility does not allow it)."""
+    sessions over one connection; `interval`: seconds between two logins at least; `per_day`: logins within 24 hours
+    that flctl makes by itself at most; `cooldown`: seconds without a login after one that the facility did not even
+    ask anything; `hold`: seconds for which `flctl login` may keep a connection for later commands (0: the facility
+    does not allow it)."""
 
     host: kinds.Host = ""
     port: kinds.Port = 22
@@ -70,6 +72,8 @@ class Login:
     host_keys: tuple[kinds.Fingerprint, ...] = ()
     multiplex: bool = True
     interval: Annotated[int, between(0, 3600)] = 0
+    per_day: Annotated[int, between(1, 10_000)] = 12
+    cooldown: Annotated[int, between(1, 86400)] = 900
     hold: kinds.Walltime = 0
     password: Password = field(default_factory=Password)
     totp: Totp = field(default_factory=Totp)
@@ -242,6 +246,16 @@ class Budget:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Signing:
+    """Signed completion records. `key`: a private key at the site, without a passphrase, for ssh-keygen; `signers`: the
+    public keys whose signature counts ("ssh-ed25519 AAAA..."); where there is one, a record without a valid
+    signature is no success."""
+
+    key: kinds.RemotePath = ""
+    signers: tuple[kinds.PublicKey, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Site:
     """One facility. `train` overrides keys of the campaign's [train] there."""
 
@@ -259,6 +273,7 @@ class Site:
     environment: Environment = field(default_factory=Environment)
     budget: Budget = field(default_factory=Budget)
     poll: Poll = field(default_factory=Poll)
+    signing: Signing = field(default_factory=Signing)
     train: dict[str, Any] = field(default_factory=dict)
 
     @property

@@ -9,6 +9,9 @@
 
 It needs root on Debian 12 and the packages of packages.txt. What it keeps lies in /var/lib/flctl-testbed and
 /run/flctl-testbed, with the accounts flctl-leo, flctl-kar and flctl-user and /etc/pam.d/flctl-sshd-*.
+
+FLCTL_TESTBED=N (1 to 9) in the environment: another testbed beside the first, with accounts, addresses and ports of its
+own, for two test runs at the same time.
 """
 
 import fcntl
@@ -27,16 +30,21 @@ from .sshd import Sshd
 
 __all__ = ["Facility", "Testbed", "TestbedError"]
 
-ORCHESTRATOR = "flctl-user"
+NUMBER = int(os.environ.get("FLCTL_TESTBED", "0"))
+_MARK = str(NUMBER or "")
+ORCHESTRATOR = f"flctl-user{_MARK}"
 MIN_JOB_AGE = 300
 
 
 def _facility(
     *, name: str, language: str, user: str, address: str, port: int, slurm: Slurm, sshd: Mapping[str, Any]
 ) -> Facility:
+    user += _MARK
     home = f"/var/lib/flctl-testbed/home/{user}"
     environment = {**slurm.environment, "WORK": f"{home}/work"}
-    server = Sshd(name=name, address=address, port=port, user=user, environment=environment, **sshd)
+    server = Sshd(
+        name=name + _MARK, address=address, port=port + 100 * NUMBER, user=user, environment=environment, **sshd
+    )
     return Facility(name=name, language=language, account_name=user, sshd=server, slurm=slurm)
 
 
@@ -50,7 +58,7 @@ class Testbed:
     __test__ = False
 
     def __init__(self, *, code_period: int = 30) -> None:
-        leonardo, karolina = "127.0.0.11", "127.0.0.12"
+        leonardo, karolina = f"127.0.{NUMBER}.11", f"127.0.{NUMBER}.12"
         self.facilities = {
             "leonardo": _facility(
                 name="leonardo",
@@ -59,9 +67,9 @@ class Testbed:
                 address=leonardo,
                 port=2211,
                 slurm=Slurm(
-                    name="leonardo",
+                    name="leonardo" + _MARK,
                     address=leonardo,
-                    port=16811,
+                    port=16811 + 100 * NUMBER,
                     partitions=("boost_usr_prod", "lrd_all_serial"),
                     first_job_id=1000,
                     min_job_age=MIN_JOB_AGE,
@@ -75,9 +83,9 @@ class Testbed:
                 address=karolina,
                 port=2212,
                 slurm=Slurm(
-                    name="karolina",
+                    name="karolina" + _MARK,
                     address=karolina,
-                    port=16821,
+                    port=16821 + 100 * NUMBER,
                     partitions=("qgpu", "qgpu_exp"),
                     first_job_id=5000,
                     min_job_age=MIN_JOB_AGE,
@@ -126,9 +134,9 @@ class Testbed:
         self._settle_user()
 
     def lock(self, *, wait: float = 0.0) -> None:
-        """Have the testbed for this process alone until it ends or calls `unlock`: there is one per machine."""
+        """Have the testbed for this process alone until it ends or calls `unlock`."""
         RUN.mkdir(mode=0o755, parents=True, exist_ok=True)
-        self._lock = os.open(RUN / "lock", os.O_RDWR | os.O_CREAT, 0o600)
+        self._lock = os.open(RUN / f"lock{_MARK}", os.O_RDWR | os.O_CREAT, 0o600)
         try:
             wait_until(self._take, "another process on this machine uses the testbed", timeout=wait, every=0.5)
         except TestbedError:

@@ -12,7 +12,7 @@ from pathlib import Path
 from .procs import STATE, TestbedError, call
 
 CHECKOUT = Path(__file__).resolve().parents[2]
-FOLDER = STATE / "python"
+FOLDER = STATE / f"python{os.environ.get('FLCTL_TESTBED', '')}"
 PYTHON = FOLDER / "bin" / "python"
 FLCTL = FOLDER / "bin" / "flctl"
 _COPIED = FOLDER / "copied-from"
