@@ -5,7 +5,8 @@ FlctlError                 1  internal: a defect of flctl
 |-- ConfigurationError     3  flctl.toml, a profile, a template, a secret's reference, a model folder
 |-- LoginNeeded            4  refused login, no agent, a code that may not be automated
 |   `-- LoginTooSoon       4  not now, but at a moment that is known: the last login was too short a time ago
-|       `-- CodeSpent         this time step's one-time code is used; the next one starts then
+|       |-- CodeSpent         this time step's one-time code is used; the next one starts then
+|       `-- LoginPaused       the day's logins are used up, or a cool-down is on: not for minutes or hours
 |-- SiteUnreachable        5  no route, refused, reset, timed out
 |-- JobFailed              6  a job ended without a valid record of success, or was refused by the scheduler
 |-- TransferFailed         7  rsync failed, or a hash differs
@@ -18,16 +19,20 @@ FlctlError                 1  internal: a defect of flctl
 """
 
 
+from flctl.words import plain, printable
+
+
 class FlctlError(Exception):
-    """Something failed: `message` says what and why, `hint` what to type next, `site` where (None: at home)."""
+    """Something failed: `message` says what and why, `hint` what to type next, `site` where (None: at home). Others'
+    words in them are made harmless (flctl/words.py), wherever they came from."""
 
     exit_code = 1
     code = "internal"
 
     def __init__(self, message: str, *, hint: str = "", site: str | None = None) -> None:
         super().__init__(message)
-        self.message = message
-        self.hint = hint
+        self.message = plain(message)
+        self.hint = plain(hint)
         self.site = site
 
     def __str__(self) -> str:
@@ -65,6 +70,12 @@ class LoginTooSoon(LoginNeeded):
 
 class CodeSpent(LoginTooSoon):
     """The current time step's code was already used; the next step begins at `until`."""
+
+
+class LoginPaused(LoginTooSoon):
+    """No login may be tried before `until`: too many were tried, or the last ones ended badly."""
+
+    code = "login_paused"
 
 
 class SiteUnreachable(FlctlError):
@@ -119,12 +130,12 @@ def defect(error: Exception) -> FlctlError:
         trace = trace.tb_next
     place = f" ({trace.tb_frame.f_code.co_filename.rsplit('/', 1)[-1]}:{trace.tb_lineno})" if trace else ""
     return FlctlError(
-        f"internal error: {type(error).__name__}: {error}{place}",
+        f"internal error: {type(error).__name__}: {printable(str(error))}{place}",
         hint="this is a defect of flctl; nothing is lost. FLCTL_DEBUG=1 shows more",
     )
 
 
-PRECEDENCE = (130, 1, 3, 12, 4, 5, 9, 7, 6, 8, 11)
+PRECEDENCE = (130, 1, 3, 12, 10, 4, 5, 9, 7, 6, 8, 11)
 
 
 def exit_code_of(codes: "list[int]") -> int:

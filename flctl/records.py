@@ -1,12 +1,15 @@
 """The values flctl keeps: orders, runs, jobs, contributions, plans; frozen, and the codec that makes them JSON."""
 
 import dataclasses
+import json
 import types
 import typing
 from dataclasses import dataclass
 from enum import StrEnum
 from functools import cache
 from hashlib import sha256
+
+from flctl.words import plain, printable
 
 SCHEMA = 1
 
@@ -33,6 +36,24 @@ class Work(StrEnum):
     MERGE = "merge"
 
 
+class Cause(StrEnum):
+    """Why an attempt ended without success, as far as it decides what may be done about it."""
+
+    INFRASTRUCTURE = "infrastructure"
+    """A node, a launch, a preemption: the same job may well succeed next time."""
+    LOST = "lost"
+    """It never came into the queue, or went out of it, and nobody says why."""
+    TIME = "time"
+    MEMORY = "memory"
+    PROGRAM = "program"
+    CONFIGURATION = "configuration"
+    """The job's own folder or log could not be opened, or its account is unknown there."""
+    REFUSED = "refused"
+    """The scheduler did not take it, or says that it can never run."""
+    CANCELLED_BY_US = "cancelled by flctl"
+    CANCELLED_BY_OTHER = "cancelled at the site"
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Held:
     """Why a run or a site waits for a person, or for a time (`until`, Unix seconds)."""
@@ -40,6 +61,9 @@ class Held:
     reason: str
     since: float
     until: float | None = None
+
+    def __post_init__(self) -> None:
+        _harmless(self, "reason")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -109,7 +133,12 @@ class Job:
     """What the scheduler and the site said of one attempt. Times are Unix seconds: `claimed_at`, `started_at` and
     `ended_at` on the site's clock, `absent_at` (first successful listing without the job) on ours. `elapsed`: seconds
     that it ran, as the scheduler counts them; `never`: its words where it says that the job can never run, seen first
-    at `never_at` (ours). `rate` and `walltime`: node-hours charged per hour, and seconds, as the budget admitted it."""
+    at `never_at` (ours). `rate` and `walltime`: node-hours charged per hour, and seconds, as the budget admitted it.
+    A job is who it is by `cluster`, `id`, `submitted_at` (the scheduler's clock) and its name, the token. `again_at`:
+    first look (ours) at which it waited although it had started, or could not be launched. `progress`: optimizer
+    steps in the program's own checkpoint. `cancelled_by`: uid of who cancelled the job, as accounting has it.
+    `ending`: why a person had flctl end this attempt, and `revoked` whether flctl gave it up by itself, both written
+    before the site is told."""
 
     token: str
     id: str | None = None
@@ -126,6 +155,16 @@ class Job:
     never_at: float | None = None
     rate: float | None = None
     walltime: float | None = None
+    cluster: str = ""
+    submitted_at: float | None = None
+    again_at: float | None = None
+    progress: int | None = None
+    cancelled_by: int | None = None
+    ending: str = ""
+    revoked: bool = False
+
+    def __post_init__(self) -> None:
+        _harmless(self, "id", "state", "reason", "never", "cluster")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -144,18 +183,38 @@ class Contribution:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Failure:
-    """Why a run failed: `code` and `exit_code` of the error tree, the message and the next thing to type."""
+    """Why a run failed: `code` and `exit_code` of the error tree, the message and the next thing to type; `cause`: of
+    what kind the end of its job was."""
 
     code: str
     exit_code: int
     message: str
     hint: str = ""
+    cause: Cause | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "message", plain(self.message))
+        object.__setattr__(self, "hint", plain(self.hint))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Attempt:
+    """An earlier attempt of a run: its job, why it ended without success, the steps in its checkpoint, and whether
+    flctl opened the next one by itself (`automatic`) or a person did."""
+
+    number: int
+    job_id: str | None
+    cause: Cause | None
+    reason: str
+    progress: int | None = None
+    automatic: bool
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Run:
     """One piece of work at one site. `number` counts that site's runs from 1; `attempt` counts its tries from 1;
-    `spent`: node-hours that earlier attempts used."""
+    `past`: the earlier ones, `spent`: node-hours that they used. An open run that is held and has a `failure` waits for
+    a person because of what happened to its job."""
 
     number: int
     order: Order
@@ -167,6 +226,7 @@ class Run:
     failure: Failure | None = None
     skipped: bool = False
     spent: float = 0.0
+    past: tuple[Attempt, ...] = ()
     created_at: float
     changed_at: float
     schema: int = SCHEMA
@@ -199,6 +259,18 @@ class Plan:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Driver:
+    """Who drives a campaign: `host`, what a machine is known by, called `name`; `epoch` counts the take-overs from 1.
+    `since`: Unix seconds."""
+
+    host: str
+    name: str
+    epoch: int = 1
+    since: float = 0.0
+    schema: int = SCHEMA
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Model:
     """One version of the global model, as its flctl.json tells it (`merged`: the (site, run number) pairs in it)."""
 
@@ -225,7 +297,9 @@ class Contact:
     it; `logins`: authentications ever made for this campaign, the last one at `login_at`, with what is good until
     `login_until` (a certificate, a kept connection); `rsync`: the version that the transfer host has; `free`: bytes
     left in the work folder when it was last asked; `workdir` and `data`: what `resolved`, the profile's two paths,
-    mean there."""
+    mean there; `ask_after`: Unix seconds before which its scheduler is not asked again;
+    `serial`: how many processes of ours have begun to work there; `paced`: Unix seconds until which the contacts of
+    before would last at an even pace; `skew`: seconds by which our clock was ahead of the site's."""
 
     due: float = 0.0
     known_at: float = 0.0
@@ -242,7 +316,19 @@ class Contact:
     workdir: str | None = None
     data: str | None = None
     resolved: tuple[str, str] | None = None
+    ask_after: float = 0.0
+    serial: int = 0
+    paced: float = 0.0
+    skew: float | None = None
     schema: int = SCHEMA
+
+
+def _harmless(record: typing.Any, *names: str) -> None:
+    """Let these values of a record, which may be a site's words, be short printable lines."""
+    for name in names:
+        value = getattr(record, name)
+        if isinstance(value, str):
+            object.__setattr__(record, name, printable(value, 500))
 
 
 def token_of(campaign: str, site: str, number: int, attempt: int) -> str:
@@ -276,6 +362,42 @@ def to_data(value: typing.Any) -> typing.Any:
     if isinstance(value, dict):
         return {key: to_data(item) for key, item in value.items()}
     return value
+
+
+CHECK = "check"
+"""The last key of a record on disk: the sha256 of the record without it."""
+
+
+def sealed(data: "typing.Mapping[str, typing.Any]") -> dict[str, typing.Any]:
+    """A record's data as it is written: with its schema and its checksum."""
+    record = {**data, "schema": data.get("schema", SCHEMA)}
+    record.pop(CHECK, None)
+    return {**record, CHECK: checksum(record)}
+
+
+def unsealed(data: typing.Any) -> dict[str, typing.Any]:
+    """The data of a record without its checksum; ValueError if it does not agree. Records of older versions, and those
+    from which a person took it, have none."""
+    if not isinstance(data, dict):
+        raise ValueError("it is no JSON object")
+    record = {key: value for key, value in data.items() if key != CHECK}
+    told = data.get(CHECK)
+    if told is None:
+        last = next(reversed(record), None)
+        rest = {key: value for key, value in record.items() if key != last}
+        if last is not None and record[last] == checksum(rest):
+            raise ValueError(f"the name of its checksum is {last!r}")
+    elif told != checksum(record):
+        hint = f'changed by hand? then remove its last key, "{CHECK}"'
+        raise ValueError(f"its content does not agree with its checksum ({hint})")
+    return record
+
+
+def checksum(record: "typing.Mapping[str, typing.Any]") -> str:
+    """sha256 of a record as JSON: keys sorted, no white space."""
+    plain_data = json.loads(json.dumps(record))
+    text = json.dumps(plain_data, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+    return sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
 
 
 def from_data(kind: typing.Any, data: typing.Any) -> typing.Any:

@@ -14,8 +14,9 @@ child='' caught=''
 record() {
   (
     trap '' TERM USR1
+    set +u
     exec "$seal_python" -I {{payload}}/seal.py finish \
-      --run {{run}} --nonce "$nonce" --status "$1" ${caught:+--signal "$caught"}
+      --run {{run}} --nonce "$nonce" --status "$1" ${caught:+--signal "$caught"} --sign {{signing_key}}
   )
 }
 

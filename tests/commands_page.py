@@ -33,7 +33,7 @@ Of several, the first of 130, 1, 3, 12, 4, 5, 9, 7, 6, 8, 11 counts. With `--jso
 `site list`, `site show`, `site test`, `site stage`, `auth test`, `login --status`, `campaign tick`) stdout is one object: `schema_version`, `command`, `status` (`ok`, `partial`: done, but something failed on the way, `error`),
 `exit_code`, `data`, and `errors`, each with `code`, `site`, `message`, `hint`. `data` of `status` holds `campaign`, `model`
 (`version`, `path`, `sha256`, `warnings` of the gates, `privacy`) and `runs` (`site`, `number`, `attempt`, `work`, `base`, `round`, `stage`, `held`, `job_id`, `steps`,
-`samples`, `queue_seconds`, `train_seconds`, `note`); that of `round` and `campaign tick` the same with `done` and `waiting`; that of
+`samples`, `queue_seconds`, `train_seconds`, `progress`: steps in its checkpoint, `attempts`: earlier ones, each with `cause` and `reason`, `note`); that of `round` and `campaign tick` the same with `done` and `waiting`; that of
 `aggregate` the model's `path`, `sha256` and `bytes`, `seconds`, `contributions` (`site`, `path`, `weight`, `coefficient`), `state`,
 `threads`, `ranks` and `notes`; that of `verify` `version`, `agrees`, `rebuilt`, and the files `differing`, `missing` and `remade`;
 that of `plan` `first`, `target`, `steps`, `privacy`, `scripts` (paths) and `sites` (each with `node_hours_round`, `node_hours_plan`, `used`,

@@ -48,6 +48,7 @@ class SshCampaign(Campaign):
             "kind": server.kind,
             "key": str(server.client_key),
             "host_keys": [server.host_key_fingerprint],
+            "per_day": 100_000,
             **self.login,
         }
         lines = "".join(f"{key} = {json.dumps(value)}\n" for key, value in table.items())

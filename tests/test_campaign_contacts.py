@@ -1,17 +1,20 @@
 """When a site is contacted next: by what a login costs, by its jobs, by what was ordered, and by its troubles."""
 
+import itertools
 import sys
 import time
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from flctl.campaign import contacts, deciding
 from flctl.campaign.engine import Engine
 from flctl.campaign.rounds import UNREACHABLE_PATIENCE, _stuck
 from flctl.campaign.workspace import Workspace
-from flctl.errors import LoginNeeded, SiteUnreachable, TransferFailed
+from flctl.errors import LoginNeeded, LoginPaused, LoginTooSoon, SiteUnreachable, TransferFailed
 from flctl.facility.profile import Login, Poll, Scheduler, Shape, Site
 from flctl.records import Contact, Held, Job, Order, Run, Stage, Work
 from tests.campaigns import Campaign
@@ -19,11 +22,11 @@ from tests.campaigns import Campaign
 NOW = 10_000.0
 
 
-def a_site(kind: str) -> Site:
+def a_site(kind: str, per_day: int = 1440) -> Site:
     return Site(
         schema=1,
         name="pisa",
-        login=Login(host="h", user="u", kind=kind),  # type: ignore[arg-type]
+        login=Login(host="h", user="u", kind=kind, per_day=per_day),  # type: ignore[arg-type]
         scheduler=Scheduler(kind="slurm", shape="s"),
         shapes={"s": Shape()},
         poll=Poll(every=60, login_every=3600, absence=30),
@@ -43,6 +46,17 @@ def test_where_a_login_costs_a_code_ticks_come_hours_apart_and_a_round_does_not(
     assert due("key", a_run()) == 60
     assert due("key+totp", a_run()) == 3600
     assert due("key+totp", a_run(), stays=True) == 60
+
+
+def test_looks_of_ticks_are_as_far_apart_as_the_days_logins_allow() -> None:
+    for kind, per_day, seconds in (("key", 12, 7200), ("key+totp", 12, 7200), ("key+totp", 96, 3600)):
+        site = a_site(kind, per_day)
+        assert contacts.next_due(site, [a_run()], NOW, stays=False) - NOW == seconds
+        assert contacts.next_due(site, [a_run()], NOW, stays=True) - NOW == 60, "who stays logs in once"
+        ending = a_run(expected_end=NOW + 100)
+        assert contacts.next_due(site, [ending], NOW, stays=False) - NOW == 100 + contacts.SETTLING
+    home = replace(a_site("key", 12), connection="local")
+    assert contacts.next_due(home, [a_run()], NOW, stays=False) - NOW == 60
 
 
 @pytest.mark.parametrize("name", ["expected_start", "expected_end"])
@@ -96,13 +110,14 @@ def test_an_order_given_after_the_time_was_set_makes_the_site_due() -> None:
 
 def test_pauses_grow_with_each_failure_up_to_a_limit() -> None:
     contact, pauses = Contact(), []
-    for _ in range(12):
+    for _ in range(200):
         contact = contacts.failed(contact, SiteUnreachable("no route"), NOW)
         pauses.append(contact.due - NOW)
     assert 8 <= pauses[0] <= 12
-    assert pauses[3] > 3 * pauses[0]
-    assert max(pauses) <= 1.2 * contacts.BACKOFF_MOST
-    assert contacts.reached(contact, NOW, NOW + 60).failures == 0
+    assert min(pauses) >= 8
+    assert max(pauses) == contacts.BACKOFF_MOST, "it grows up to the limit"
+    assert len(set(pauses)) > 20, "no two sites come back together"
+    assert contacts.reached(contact, a_site("key"), NOW, NOW + 60).failures == 0
 
 
 def test_only_a_login_that_was_tried_holds_the_site() -> None:
@@ -127,6 +142,81 @@ def test_round_gives_a_transfer_three_tries() -> None:
         contact = contacts.failed(contact, TransferFailed("hash"), NOW)
         stuck.append(_stuck(a_run(), contact))
     assert stuck == [False, False, True]
+
+
+def test_a_login_that_may_not_be_tried_yet_is_no_trouble_unless_it_is_long() -> None:
+    contact = contacts.postponed(Contact(), LoginTooSoon("20 s ago", until=NOW + 40), NOW)
+    assert (contact.due, contact.trouble, contact.held) == (NOW + 40.5, None, None)
+    contact = contacts.postponed(Contact(), LoginPaused("used up", until=NOW + 4000), NOW)
+    assert contact.trouble is not None
+    assert (contact.trouble.code, contact.due) == ("login_paused", NOW + 4000.5)
+    assert contacts.hold_of(contact) is None, "it needs no person"
+    assert not _stuck(a_run(), replace(contact, failures=9)), "round waits"
+    assert contacts.postponed(Contact(), LoginPaused("x", until=NOW - 9), NOW).due > NOW
+
+
+# Clocks that jump
+
+
+@pytest.mark.parametrize("jump", [86400.0, -86400.0, 9 * 3600.0])
+def test_after_a_clock_that_jumps_or_a_sleep_there_is_one_contact_and_no_burst(jump: float) -> None:
+    """A day forth, a day back, and nine hours of sleep."""
+    site, runs = a_site("key+totp", 12), [a_run()]
+    contact = contacts.reached(Contact(), site, NOW, contacts.next_due(site, runs, NOW, stays=False))
+    assert not contacts.is_due(contact, runs, NOW + 60)
+    then, looks = NOW + jump + 60, 0
+    for second in range(0, 7000, 10):
+        now = then + second
+        if contacts.is_due(contact, runs, now):
+            looks += 1
+            contact = contacts.reached(contact, site, now, contacts.next_due(site, runs, now, stays=False))
+    assert looks == 1
+
+
+# A defect of ours does not storm
+
+
+@given(
+    steps=st.lists(
+        st.tuples(
+            st.sampled_from([0.0, 0.05, 1.0, 7.0, 60.0]),
+            st.sampled_from(["reached", "failed", "unreachable", "postponed", "forced"]),
+        ),
+        min_size=1,
+        max_size=60,
+    ),
+    jumps=st.lists(st.tuples(st.integers(0, 3599), st.sampled_from([86400.0, -86400.0, -10.0])), max_size=2),
+)
+@settings(deadline=None, max_examples=60)
+def test_whatever_a_defect_of_ours_does_a_site_is_contacted_at_a_bounded_pace(
+    steps: list[tuple[float, str]], jumps: list[tuple[int, float]]
+) -> None:
+    """The worst that could be: there is always a new order, and the next contact is always due at once. A simulated
+    hour, in which the clock may jump."""
+    site, contact, made, shift = a_site("key"), Contact(), 0, 0.0
+    left, moves = sorted(jumps), itertools.cycle(steps)
+    real, tries = 0.0, 0
+    while real < 3600 and tries < 20_000:
+        tries += 1
+        pause, what = next(moves)
+        real += max(pause, 0.2)
+        while left and left[0][0] <= real:
+            shift += left.pop(0)[1]
+        now = NOW + 200_000 + real + shift
+        run = replace(a_run(Stage.ORDERED), changed_at=now + 1)
+        if what == "forced":
+            contact = replace(contact, due=0.0, failures=0)  # as flctl round and release do
+        if not contacts.is_due(contact, [run], now):
+            continue
+        made += 1
+        if what in ("reached", "forced"):
+            contact = contacts.reached(contact, site, now, now)
+        elif what == "postponed":
+            contact = replace(contacts.postponed(contact, LoginPaused("x", until=now), now), due=now)
+        else:
+            error = SiteUnreachable("x") if what == "unreachable" else TransferFailed("x")
+            contact = replace(contacts.failed(contact, error, now), due=now)
+    assert made <= 181 + 62 * len(jumps)
 
 
 def test_all_jobs_of_a_site_are_asked_for_in_one_query(tmp_path: Path) -> None:

@@ -40,10 +40,10 @@ def test_a_claim_cut_off_before_it_wrote_its_time_is_given_up_in_the_end(single:
     cut = single.flctl("round", "--wait", "2s", PATH=f"{fake}:{os.environ['PATH']}")
     assert cut.returncode in (5, 11), cut.stderr
     assert (single.remote("pisa") / "runs" / "0001-1" / "claim").is_dir()
-    answer = single.json("round", code=6)
-    assert "never accepted" in answer["errors"][0]["message"]
-    assert single.flctl("retry").returncode == 0
     assert single.json("round")["data"]["done"]
+    (given_up,) = [entry for entry in single.journal() if entry.get("stage") == "failed"]
+    assert (given_up["cause"], "never accepted" in given_up["reason"]) == ("lost", True)
+    assert single.attempts("pisa") == ["0001-1", "0001-2"]
     assert single.submissions("pisa") == 1
 
 

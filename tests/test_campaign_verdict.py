@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 
-from flctl.campaign.report import run_row
+from flctl.campaign.report import notices, run_row
 from flctl.campaign.verdict import Evidence, after_revoking, judge
-from flctl.facility.scheduler import Activity, Seen
-from flctl.records import Contact, Job, Order, Run, Stage, Work, from_data, to_data
+from flctl.facility.scheduler import Activity, Seen, is_known, qstat, slurm
+from flctl.records import Cause, Contact, Job, Order, Run, Stage, Work, from_data, to_data
 
 NOW, ABSENCE, WINDOW = 1000.0, 60.0, 300.0
 OWNER = {"by": "job", "job_id": "17", "nonce": "n", "time": 900.0, "base": "0000"}
@@ -50,6 +50,22 @@ def evidence(**facts: Any) -> Evidence:
 
 def verdict(run: Run, given: Evidence, now: float = NOW) -> Any:
     return judge(run, given, now=now, absence=ABSENCE, window=WINDOW)
+
+
+def concluded(listed: Seen | None, record: dict[str, Any] | None, *, owner: Any = OWNER, **job: Any) -> Any:
+    """The failure (and the hold) that stands after two looks far enough apart and the revocation."""
+    run = a_run(Stage.RUNNING, **job)
+    given = evidence(seen=(listed,) if listed else (), owner=owner, done=record, claimed_at=800.0, claim_age=1e6)
+    for moment in (NOW, NOW + ABSENCE):
+        told = verdict(run, given, moment)
+        if told.failure is not None or told.contribution is not None:
+            return told.failure
+        run = replace(run, stage=told.stage, job=told.job)
+    assert told.revoke
+    end = after_revoking(run, told.job, owner or OURS, record, "base")
+    assert (end.held is not None) == (end.failure.cause == Cause.CANCELLED_BY_OTHER)
+    assert end.stage == (run.stage if end.held else Stage.FAILED)
+    return end.failure
 
 
 PENDING = seen("PENDING", Activity.WAITING, reason="Priority")
@@ -124,17 +140,14 @@ def test_a_claim_nobody_saw_waits_for_its_window_on_the_sites_clock() -> None:
 
 
 def test_a_failure_comes_with_the_schedulers_words_once_it_said_that_the_job_ended() -> None:
-    record = done(outcome="failed", reason="ended by SIGTERM", exit_status=143)
-    killed = seen("F", Activity.ENDED, reason="exit status 271, SIGTERM")
-    told = {
-        job.state: verdict(a_run(), evidence(seen=(job,), owner=OWNER, done=record)).failure.message
-        for job in (seen("R", Activity.ACTIVE), killed, TIMEOUT)
-    }
-    assert told == {
-        "R": "ended by SIGTERM",
-        "F": "ended by SIGTERM (scheduler: F: exit status 271, SIGTERM)",
-        "TIMEOUT": "ended by SIGTERM (scheduler: TIMEOUT)",
-    }
+    """A job that was ended from outside says so at once; why is the scheduler's to tell."""
+    record = done(outcome="failed", reason="ended by SIGTERM", exit_status=143, cause="signal")
+    for still in (seen("RUNNING", Activity.ACTIVE), seen("COMPLETING", Activity.ACTIVE)):
+        told = verdict(a_run(Stage.RUNNING, absent_at=NOW - 1000), evidence(seen=(still,), owner=OWNER, done=record))
+        assert (told.stage, told.revoke, told.failure) == (Stage.RUNNING, False, None)
+    killed = seen("F", Activity.ENDED, reason="exit status -29, over its walltime")
+    assert concluded(killed, record).message == "ended by SIGTERM (scheduler: F: exit status -29, over its walltime)"
+    assert concluded(TIMEOUT, record).message == "ended by SIGTERM (scheduler: TIMEOUT)"
 
 
 def test_a_definite_refusal_fails_at_once_with_the_schedulers_words() -> None:
@@ -315,3 +328,185 @@ def test_what_waits_is_told_with_its_reason_and_an_estimate_that_is_called_one()
     assert run_row(run, Contact())["note"] == "PENDING: JobHeldUser"
     run = replace(run, job=verdict(run, evidence(seen=(NEVER,))).job)
     assert run_row(run, Contact())["note"] == "PENDING: BadConstraints, can never run"
+
+
+SIGNALLED = done(outcome="failed", reason="ended by SIGTERM", exit_status=143, cause="signal", ended_at=950.0)
+BROKEN = done(outcome="failed", reason="the program exited with status 3", exit_status=3, cause="program")
+KILLED = done(outcome="failed", reason="the program exited with status 137", exit_status=137, cause="program")
+NO_BASE = done(outcome="failed", reason="the model folder is missing", exit_status=76, cause="base")
+INFRASTRUCTURE, LOST, TIME, MEMORY = Cause.INFRASTRUCTURE, Cause.LOST, Cause.TIME, Cause.MEMORY
+PROGRAM, CONFIGURATION, OTHER = Cause.PROGRAM, Cause.CONFIGURATION, Cause.CANCELLED_BY_OTHER
+
+TABLE = {
+    # the scheduler's last word, its reason: without a record, with one that says that a signal ended it
+    ("COMPLETED", ""): (PROGRAM, OTHER),
+    ("FAILED", "1:0"): (PROGRAM, OTHER),
+    ("FAILED", "0:53"): (CONFIGURATION, OTHER),
+    ("FAILED", "RaisedSignal:53(Real-time_signal_19)"): (CONFIGURATION, OTHER),
+    ("FAILED", "JobLaunchFailure"): (INFRASTRUCTURE, INFRASTRUCTURE),
+    ("FAILED", "0:125"): (MEMORY, MEMORY),
+    ("TIMEOUT", "TimeLimit"): (TIME, TIME),
+    ("DEADLINE", ""): (TIME, TIME),
+    ("OUT_OF_MEMORY", ""): (MEMORY, MEMORY),
+    ("NODE_FAIL", ""): (INFRASTRUCTURE, INFRASTRUCTURE),
+    ("BOOT_FAIL", ""): (INFRASTRUCTURE, INFRASTRUCTURE),
+    ("LAUNCH_FAILED", ""): (INFRASTRUCTURE, INFRASTRUCTURE),
+    ("RECONFIG_FAIL", ""): (INFRASTRUCTURE, INFRASTRUCTURE),
+    ("PREEMPTED", ""): (INFRASTRUCTURE, INFRASTRUCTURE),
+    ("CANCELLED", "CANCELLED by 0"): (OTHER, OTHER),
+    ("LOST", ""): (LOST, LOST),
+    ("F", "exit status 0"): (PROGRAM, OTHER),
+    ("F", "exit status 3"): (PROGRAM, OTHER),
+    ("F", "exit status 265, SIGKILL"): (PROGRAM, OTHER),
+    ("F", "exit status 271, SIGTERM"): (OTHER, OTHER),
+    ("F", "exit status -29, over its walltime"): (TIME, TIME),
+    ("F", "exit status -28, over its cput"): (TIME, TIME),
+    ("F", "exit status -27, over its mem"): (MEMORY, MEMORY),
+    ("F", "exit status -4, PBS on its node began anew"): (INFRASTRUCTURE, INFRASTRUCTURE),
+    ("F", "exit status -11"): (INFRASTRUCTURE, INFRASTRUCTURE),
+    ("F", "exit status -10, no such account on its node"): (CONFIGURATION, OTHER),
+    ("F", "exit status -17"): (OTHER, OTHER),
+    ("X", "exit status -2, could not be started"): (INFRASTRUCTURE, INFRASTRUCTURE),
+    ("F", "never started"): (OTHER, OTHER),
+    (None, ""): (LOST, OTHER),
+}
+
+
+@pytest.mark.parametrize(("word", "causes"), TABLE.items(), ids=[f"{state}-{words}" for state, words in TABLE])
+def test_every_end_has_its_cause(word: tuple[str | None, str], causes: tuple[Cause, Cause]) -> None:
+    state, reason = word
+    listed = seen(state, Activity.ENDED, reason=reason) if state else None
+    assert (concluded(listed, None).cause, concluded(listed, SIGNALLED).cause) == causes
+    explained = state is not None and causes[0] not in (PROGRAM, CONFIGURATION)
+    assert concluded(listed, BROKEN).cause == (causes[0] if explained else PROGRAM), (
+        "its own exit, unless more is known"
+    )
+    success = verdict(a_run(Stage.RUNNING), evidence(seen=(listed,) if listed else (), owner=OWNER, done=done()))
+    assert success.stage == Stage.ENDED, "a record of success is one, whatever the scheduler says"
+    assert concluded(listed, NO_BASE).cause in (causes[1], INFRASTRUCTURE)
+
+
+def test_the_table_names_every_end_that_slurm_documents() -> None:
+    assert set(slurm.STATES[Activity.ENDED]) <= {state for state, _ in TABLE}
+    assert set(qstat.STATES[Activity.ENDED]) <= {state for state, _ in TABLE}
+
+
+LIVING = [
+    *((word, activity) for activity in (Activity.WAITING, Activity.ACTIVE) for word in slurm.STATES[activity]),
+    *((word, activity) for activity in (Activity.WAITING, Activity.ACTIVE) for word in qstat.STATES[activity]),
+    ("SOMETHING_NEW", slurm.activity_of("SOMETHING_NEW")),
+    ("Z", qstat.activity_of("Z")),
+]
+
+
+@pytest.mark.parametrize(("word", "activity"), LIVING)
+def test_no_other_word_is_ever_an_end(word: str, activity: Activity) -> None:
+    """However often it is seen, a job that has not started waits, and one that runs runs; an unknown word is active."""
+    run = a_run(Stage.RUNNING if activity == Activity.ACTIVE else Stage.QUEUED)
+    owner = OWNER if activity == Activity.ACTIVE else None
+    for moment in (NOW, NOW + 1e5, NOW + 1e6):
+        told = verdict(run, evidence(seen=(seen(word, activity),), owner=owner), moment)
+        assert (told.stage, told.revoke, told.failure) == (run.stage, False, None)
+        run = replace(run, job=told.job)
+
+
+def test_unknown_words_are_told_from_known_ones() -> None:
+    assert is_known("slurm", "SUSPENDED") and is_known("pbs", "M") and is_known("local", "LOST")
+    assert not any(is_known(kind, "SOMETHING_NEW") for kind in ("slurm", "pbs", "local"))
+
+
+def test_sigterm_at_the_end_of_its_time_is_its_time() -> None:
+    """Where the scheduler has forgotten the job, or says 271 for either."""
+    late = SIGNALLED | {"ended_at": 1497.0}
+    assert concluded(None, late, walltime=600.0).cause == TIME
+    assert concluded(None, SIGNALLED, walltime=600.0).cause == OTHER
+    ended = seen("F", Activity.ENDED, reason="exit status 271, SIGTERM", elapsed=601.0)
+    assert concluded(ended, late, walltime=600.0).cause == TIME
+    assert concluded(ended, None, walltime=600.0).cause == TIME
+    shortened = a_run(Stage.RUNNING, walltime=600.0)
+    running = seen("RUNNING", Activity.ACTIVE, expected_end=951.0)
+    shortened = replace(shortened, job=verdict(shortened, evidence(seen=(running,), owner=OWNER)).job)
+    assert concluded(None, SIGNALLED, walltime=600.0, expected_end=shortened.job.expected_end).cause == TIME
+
+
+def test_a_program_killed_outright_is_taken_for_one_without_memory() -> None:
+    assert concluded(seen("FAILED", Activity.ENDED, reason="137:0"), KILLED).cause == MEMORY
+
+
+def test_what_flctl_cancelled_itself_is_no_foreign_cancellation() -> None:
+    listed = seen("CANCELLED", Activity.ENDED)
+    ours = concluded(listed, SIGNALLED, ending="cancelled with flctl cancel")
+    assert (ours.cause, ours.message) == (Cause.CANCELLED_BY_US, "cancelled with flctl cancel")
+    assert concluded(listed, done(), ending="cancelled with flctl cancel").cause == Cause.CANCELLED_BY_US
+    assert concluded(listed, None, revoked=True).cause == LOST
+
+
+def test_a_foreign_cancellation_names_who_did_it_and_keeps_the_run_open() -> None:
+    listed = seen("CANCELLED", Activity.ENDED, cancelled_by=1007)
+    told = concluded(listed, SIGNALLED)
+    assert "job 17 was cancelled at the site by uid 1007, not by flctl" in told.message
+    assert "flctl retry brno or flctl skip brno" in told.hint
+    assert concluded(listed, None, owner=None).cause == OTHER, "in the queue as well"
+
+
+def test_a_job_that_waits_again_after_it_started_is_given_up_when_seen_twice() -> None:
+    again = seen("PENDING", Activity.WAITING, reason="BeginTime")
+    first = verdict(a_run(Stage.RUNNING), evidence(seen=(again,), owner=OWNER))
+    assert (first.stage, first.revoke, first.job.again_at) == (Stage.RUNNING, False, NOW)
+    run = replace(a_run(Stage.RUNNING), job=first.job)
+    assert not verdict(run, evidence(seen=(again,), owner=OWNER), NOW + 59).revoke
+    second = verdict(run, evidence(seen=(again,), owner=OWNER), NOW + 60)
+    assert second.revoke
+    for record in (None, SIGNALLED):
+        end = after_revoking(run, second.job, OWNER, record, "base")
+        assert (end.stage, end.failure.cause) == (Stage.FAILED, INFRASTRUCTURE)
+    assert after_revoking(run, second.job, OWNER, done(), "base").stage == Stage.ENDED
+    back = verdict(run, evidence(seen=(RUNNING,), owner=OWNER), NOW + 60)
+    assert (back.revoke, back.job.again_at) == (False, None), "the listing was older than its start"
+    crashed = replace(run, job=replace(second.job, revoked=True))
+    cancelled = seen("CANCELLED", Activity.ENDED)
+    told = verdict(crashed, evidence(seen=(cancelled,), owner=OWNER), NOW + 61)
+    assert told.revoke
+    assert after_revoking(crashed, told.job, OWNER, None, "base").failure.cause == INFRASTRUCTURE
+
+
+def test_a_launch_that_failed_is_given_up_and_tried_again() -> None:
+    held = seen("PENDING", Activity.WAITING, reason="launch failed requeued held")
+    run = replace(a_run(), job=verdict(a_run(), evidence(seen=(held,))).job)
+    told = verdict(run, evidence(seen=(held,)), NOW + 60)
+    assert told.revoke
+    end = after_revoking(run, told.job, OURS, None, "base")
+    assert (end.failure.cause, "could not be launched" in end.failure.message) == (INFRASTRUCTURE, True)
+
+
+def test_a_job_is_who_it_is_by_name_submission_and_cluster() -> None:
+    """A rebuilt campaign at a purged site has the tokens that it had; a controller that was wiped has its old ids."""
+    run = a_run(claimed_at=5000.0)
+    old = seen("COMPLETED", Activity.ENDED, submitted_at=4000.0)
+    assert verdict(run, evidence(seen=(old,))).job.absent_at == NOW, "submitted before the claim"
+    elsewhere = replace(RUNNING, submitted_at=5001.0, cluster="other")
+    assert verdict(run, evidence(seen=(elsewhere,), cluster="ours")).job.absent_at == NOW
+    ours = replace(RUNNING, submitted_at=4990.0, cluster="ours")
+    told = verdict(run, evidence(seen=(old, elsewhere, ours), cluster="ours")).job
+    assert (told.state, told.submitted_at, told.cluster) == ("RUNNING", 4990.0, "ours"), "clocks differ a little"
+    reused = replace(RUNNING, name="fsomebodyelse", submitted_at=5001.0)
+    assert verdict(run, evidence(seen=(reused,))).job.absent_at == NOW, "our id, another's name"
+
+
+@pytest.mark.parametrize(
+    ("reason", "words"),
+    [
+        ("JobHeldUser", "scontrol release 17"),
+        ("JobHeldAdmin", "ask them"),
+        ("launch failed requeued held", "tries again by itself"),
+        ("held (u)", "qrls 17"),
+        ("held (so)", "ask them"),
+        ("PartitionDown", "sites/brno.toml"),
+    ],
+)
+def test_what_waits_for_long_is_shown_with_what_to_do(reason: str, words: str) -> None:
+    run = replace(a_run(), job=verdict(a_run(), evidence(seen=(replace(PENDING, reason=reason),))).job)
+    (notice,) = notices(run)
+    assert reason in notice
+    assert words in notice
+    assert notices(replace(a_run(), job=verdict(a_run(), evidence(seen=(PENDING,))).job)) == []

@@ -107,23 +107,28 @@ def cancelled(federation: Federation, job: str) -> None:
 
 def killed(federation: Federation, job: str) -> None:
     """SIGKILL to every process of the job, its script first: no trap runs, nobody writes a record."""
-    mark = f"SLURM_JOB_ID={job}".encode()
+    mark, owner = f"SLURM_JOB_ID={job}".encode(), federation.bed.facilities["karolina"].account_name
     for folder in sorted(Path("/proc").glob("[0-9]*"), key=lambda folder: int(folder.name)):
         with contextlib.suppress(OSError):
-            if mark in (folder / "environ").read_bytes().split(b"\0") and folder.owner() == "flctl-kar":
+            if mark in (folder / "environ").read_bytes().split(b"\0") and folder.owner() == owner:
                 os.kill(int(folder.name), signal.SIGKILL)
 
 
 @pytest.mark.parametrize(
-    ("ending", "words"),
-    [(out_of_time, "SIGTERM"), (cancelled, "SIGTERM"), (killed, "ended without a record")],
+    ("ending", "words", "cause"),
+    [
+        (out_of_time, "SIGTERM", "time"),
+        (cancelled, "cancelled at the site by uid 0", "cancelled at the site"),
+        (killed, "ended without a record", "program"),
+    ],
     ids=["time-limit", "cancelled", "sigkill"],
 )
 @pytest.mark.parametrize("forgotten", [False, True], ids=["remembered", "forgotten"])
 def test_a_job_that_did_not_end_well_is_never_averaged(
-    bed: Testbed, ending: Ending, words: str, forgotten: bool
+    bed: Testbed, ending: Ending, words: str, cause: str, forgotten: bool
 ) -> None:
-    """Also when Slurm has forgotten the job before anybody looks; a new attempt then completes the round."""
+    """Also when Slurm has forgotten the job before anybody looks: accounting knows. A new attempt, which a person asks
+    for, then completes the round."""
     federation = Federation(bed, "bad-end", karolina={"train": {"behave": "hang"}})
     slurm = bed.facilities["karolina"].slurm
     if forgotten:
@@ -135,9 +140,9 @@ def test_a_job_that_did_not_end_well_is_never_averaged(
     federation.wait(lambda: federation.jobs_started("karolina"))
     ending(federation, job)
     slurm.wait_state(job, *((None,) if forgotten else ("TIMEOUT", "CANCELLED", "FAILED")), timeout=150)
-    federation.wait(lambda: tick(federation) == "failed")
+    federation.wait(lambda: tick(federation) == "failed" or federation.run("karolina")["held"], limit=180)
     failure = federation.run("karolina")["failure"]
-    assert words in failure["message"]
+    assert (failure["cause"], words in failure["message"]) == (cause, True)
     assert not (federation.place / "models" / "0001").exists()
     federation.lay("karolina", train={"behave": "good"})
     assert federation.flctl("retry", "karolina").returncode == 0
@@ -175,31 +180,30 @@ def test_a_wrong_secret_costs_exactly_one_attempt(bed: Testbed) -> None:
     assert federation.json("round")["data"]["model"]["version"] == 1
 
 
-STAGES: dict[str, Callable[[Federation], bool]] = {
-    "ordered": lambda f: f.run("leonardo").get("stage") == "ordered",
-    "delivering": lambda f: any(f.remote("leonardo").glob("models/.*.part")),
-    "delivered": lambda f: f.run("leonardo").get("stage") == "delivered",
-    "claimed": lambda f: any(f.remote("leonardo").glob("runs/*/claim")),
-    "queued": lambda f: f.run("leonardo").get("stage") in ("claimed", "queued"),
-    "running": lambda f: f.run("leonardo").get("stage") == "running",
-    "ended": lambda f: f.run("leonardo").get("stage") == "ended",
-    "fetching": lambda f: (f.place / "runs/leonardo/0001/1/.out.part").exists(),
-    "fetched": lambda f: f.run("leonardo").get("stage") == "fetched",
-    "merging": lambda f: (f.place / "models/.0001.draft").exists(),
+STAGES = {
+    "ordered": "ordered leonardo/1",
+    "delivering": "pushed models/0000",
+    "delivered": "run-recorded leonardo/1.1 delivered",
+    "claimed": "submitted leonardo/0001-1",
+    "queued": "run-recorded leonardo/1.1 queued",
+    "looking": "checked leonardo",
+    "ended": "run-recorded leonardo/1.1 ended",
+    "fetching": "pulled runs/0001-1/out",
+    "fetched": "run-recorded leonardo/1.1 fetched",
+    "merging": "merged 0001",
 }
+"""The fault point at which a round is killed in each stage."""
 
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_killed_in_any_stage_the_round_completes_and_each_job_was_submitted_once(bed: Testbed, stage: str) -> None:
     federation = Federation(bed, "killed")
     before = {site: set(bed.facilities[site].slurm.jobs()) for site in SITES}
-    process = federation.popen("round", "--sites", "leonardo", "karolina")
-    federation.wait(lambda: STAGES[stage](federation) or process.poll() is not None, what=stage)
-    if process.poll() is None:
-        federation.kill(process)
+    words = ("round", "--sites", "leonardo", "karolina")
+    killed = federation.flctl(*words, env={"FLCTL_FAULT": STAGES[stage]})
+    assert killed.returncode == -signal.SIGKILL, killed.stdout + killed.stderr
     bed.reset_codes()
-    if federation.json("status")["data"]["model"]["version"] == 0:
-        assert federation.json("round", "--sites", "leonardo", "karolina")["data"]["model"]["version"] == 1
+    assert federation.json(*words)["data"]["model"]["version"] == 1
     for site in SITES:
         assert len(set(bed.facilities[site].slurm.jobs()) - before[site]) == 1
         assert federation.jobs_started(site) == 1

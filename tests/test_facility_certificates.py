@@ -17,11 +17,10 @@ from pathlib import Path
 import pytest
 
 from flctl.errors import ConfigurationError, Interrupted, LoginNeeded, LoginTooSoon
-from flctl.facility import ledger, renewal
+from flctl.facility import allowance, renewal
 from flctl.facility.certificates import FOREVER, dates_in_file, rank
 from flctl.facility.connection import connect
 from flctl.facility.keys import certificate_dates
-from flctl.facility.ledger import keep_interval
 from flctl.facility.openssh import login_place
 from flctl.facility.profile import Password, Site, Transfer
 from tests.ssh_sites import agent, connected, keygen, road_to, site_of
@@ -382,56 +381,51 @@ def with_interval(site: Site, seconds: int) -> Site:
 def test_two_logins_of_a_user_at_a_host_keep_their_distance(authority: Authority, state: Path) -> None:
     site, now = with_interval(authority.site(), 60), 1e9
     here = login_place(site)
-    keep_interval(site, here, now=now)
+    allowance.take(site, here, now=now)
     with pytest.raises(LoginTooSoon, match=r"20 s ago, and 60 s must lie between") as caught:
-        keep_interval(site, here, now=now + 20)
+        allowance.take(site, here, now=now + 20)
     assert caught.value.until == now + 60
     assert not caught.value.attempted
     other = replace(site, login=replace(site.login, user="another"))
-    keep_interval(other, login_place(other), now=now + 20)
-    keep_interval(site, replace(here, port=2222), now=now + 20)
-    keep_interval(site, here, now=now + 60)
+    allowance.take(other, login_place(other), now=now + 20)
+    allowance.take(site, replace(here, port=2222), now=now + 20)
+    allowance.take(site, here, now=now + 60)
     with pytest.raises(LoginTooSoon):
-        keep_interval(site, here, now=now + 119)
+        allowance.take(site, here, now=now + 119)
     assert (state / "logins.json").stat().st_mode & 0o077 == 0
 
 
 def test_a_clock_that_was_set_back_costs_one_interval(authority: Authority) -> None:
     site = with_interval(authority.site(), 60)
-    keep_interval(site, login_place(site), now=1e9)
+    allowance.take(site, login_place(site), now=1e9)
     for seconds in (0, 59):
         with pytest.raises(LoginTooSoon) as caught:
-            keep_interval(site, login_place(site), now=1e9 - 5000 + seconds)
+            allowance.take(site, login_place(site), now=1e9 - 5000 + seconds)
         assert caught.value.until == 1e9 - 5000 + 60
-    keep_interval(site, login_place(site), now=1e9 - 5000 + 60)
+    allowance.take(site, login_place(site), now=1e9 - 5000 + 60)
 
 
 def test_the_interval_counts_for_the_jump_host_too(authority: Authority) -> None:
     site = with_interval(authority.site(proxy_jump="gate.example"), 60)
     other = with_interval(authority.site(proxy_jump="gate.example", host="other.example"), 60)
-    keep_interval(site, login_place(site))
+    allowance.take(site, login_place(site))
     with pytest.raises(LoginTooSoon):
-        keep_interval(other, login_place(other))
-
-
-def test_without_an_interval_nothing_is_kept(authority: Authority, state: Path) -> None:
-    keep_interval(authority.site(), login_place(authority.site()))
-    assert not state.exists()
+        allowance.take(other, login_place(other))
 
 
 def test_a_ledger_of_logins_that_cannot_be_read_is_said(authority: Authority, state: Path) -> None:
     site = with_interval(authority.site(), 60)
-    keep_interval(site, login_place(site))
+    allowance.take(site, login_place(site))
     (state / "logins.json").write_text("[1]")
     with pytest.raises(ConfigurationError, match="cannot be understood") as caught:
-        keep_interval(site, login_place(site))
+        allowance.take(site, login_place(site))
     assert caught.value.hint == f"rm {state / 'logins.json'}"
 
 
 def _take(site: Site, gate: "multiprocessing.synchronize.Barrier", won: "multiprocessing.Queue[bool]") -> None:
     gate.wait()
     try:
-        keep_interval(site, login_place(site))
+        allowance.take(site, login_place(site))
         won.put(True)
     except LoginTooSoon:
         won.put(False)
@@ -487,5 +481,5 @@ def test_the_ledger_forgets_what_no_interval_can_ask_for(authority: Authority, s
     site = with_interval(authority.site(), 60)
     for hour in range(4):
         place = replace(login_place(site), host=f"h{hour}.example")
-        keep_interval(site, place, now=1e9 + hour * (ledger.KEPT + 1))
+        allowance.take(site, place, now=1e9 + hour * (allowance.KEPT + 1))
     assert (state / "logins.json").read_text().count("example") == 1

@@ -2,6 +2,7 @@
 
 import os
 import re
+import socket
 import subprocess
 import sys
 import threading
@@ -14,10 +15,10 @@ import pytest
 
 from flctl.errors import HostKeyRefused, LoginNeeded, SiteUnreachable
 from flctl.facility import connection as connections
-from flctl.facility import login
+from flctl.facility import patience
 from flctl.facility.connection import connect, trust
 from flctl.facility.profile import Transfer
-from tests.ssh_sites import Network, connected, keygen, local_site, road_to, site_of
+from tests.ssh_sites import Network, agent, connected, keygen, local_site, road_to, site_of
 from tests.testbed.sshd import Sshd
 
 ADDRESS = "127.0.0.42"
@@ -210,8 +211,8 @@ def test_a_link_that_falls_silent_while_logging_in_is_given_up(
     server: Sshd, tmp_path: Path, after: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Silent before the banner, in the key exchange, while authenticating."""
-    monkeypatch.setattr(login, "CONNECT_TIMEOUT", 1)
-    monkeypatch.setattr(login, "AUTH_TIMEOUT", 1.0)
+    monkeypatch.setattr(patience, "CONNECT", 1)
+    monkeypatch.setattr(patience, "AUTH", 1.0)
     with Network(server, freeze_after=after) as network:
         if after == 0:
             network.freeze()
@@ -227,7 +228,7 @@ def test_a_link_that_falls_silent_while_logging_in_is_given_up(
 def test_a_link_that_falls_silent_is_given_up_within_the_timeout(
     server: Sshd, tmp_path: Path, moment: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(login, "CONNECT_TIMEOUT", 1)
+    monkeypatch.setattr(patience, "CONNECT", 1)
     with Network(server) as network:
         road = road_to(tmp_path)
         road.known_hosts.write_text(network.known_hosts_line)
@@ -246,7 +247,7 @@ def test_a_link_that_falls_silent_is_given_up_within_the_timeout(
 def test_a_dead_peer_is_noticed_without_any_command(
     server: Sshd, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(login, "ALIVE_INTERVAL", 0.2)
+    monkeypatch.setattr(patience, "ALIVE_INTERVAL", 0.2)
     with Network(server) as network:
         road = road_to(tmp_path)
         road.known_hosts.write_text(network.known_hosts_line)
@@ -359,3 +360,83 @@ def test_a_refused_login_says_what_to_do(server: Sshd, tmp_path: Path) -> None:
     with pytest.raises(LoginNeeded) as caught:
         connect(site_of(server, user="nobody"), road_to(tmp_path, server))
     assert "nobody" in caught.value.message and "login.user" in caught.value.hint
+
+
+# What a server is asked for
+
+
+def test_a_server_is_asked_for_commands_and_nothing_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No terminal, no forwarding of agent, screen or ports, no variables, whatever the user's own ssh_config says."""
+    home = tmp_path / "home"
+    (home / ".ssh").mkdir(parents=True, mode=0o700)
+    (home / ".ssh" / "config").write_text(
+        "Host *\n ForwardAgent yes\n ForwardX11 yes\n RequestTTY force\n SendEnv CANARY\n LocalForward 24399 127.0.0.1:1\n"
+        f" RemoteForward 24398 127.0.0.1:1\n ProxyCommand touch {home}/called\n"
+    )
+    monkeypatch.setenv("HOME", str(home))
+    monkeypatch.setenv("DISPLAY", ":0")
+    monkeypatch.setenv("CANARY", "x")
+    (tmp_path / "f").write_text("x")
+    options = ("LogLevel DEBUG3", "AcceptEnv *")
+    with (
+        Sshd(name="conn-talk", address="127.0.93.5", port=24305, user="flctl-conn", options=options) as server,
+        agent(server.client_key) as address,
+    ):
+        monkeypatch.setenv("SSH_AUTH_SOCK", address)
+        for sparing in (False, True):
+            with connected(site_of(server), road_to(tmp_path, server, sparing=sparing)) as connection:
+                connection.run("true")
+                connection.push(tmp_path, ["f"], server.account.home / f"talk-{sparing}")
+                if not sparing:  # the connection that rsync's ssh has made
+                    assert server.log_text().count("Accepted publickey") == 2
+        log = server.log_text()
+    assert set(re.findall(r"server_input_channel_req: channel \d+ request (\S+)", log)) == {"exec"}
+    assert set(re.findall(r"server_input_global_request: rtype (\S+)", log)) <= {
+        "keepalive@openssh.com",
+        "no-more-sessions@openssh.com",
+        "hostkeys-prove-00@openssh.com",
+    }
+    assert set(re.findall(r"ctype (\S+) rchan", log)) == {"session"}
+    assert re.findall(r"kex: \S+ cipher: (\S+)", log) and "gssapi-with-mic" not in log
+    assert set(re.findall(r"kex: \S+ cipher: (\S+)", log)) == {"aes128-gcm@openssh.com"}
+    assert not (home / "called").exists()
+
+
+@pytest.mark.parametrize("cipher", ["chacha20-poly1305@openssh.com", "aes256-ctr"])
+def test_a_server_that_lacks_the_fastest_cipher_is_reached_with_another(tmp_path: Path, cipher: str) -> None:
+    (tmp_path / "f").write_text("x")
+    with Sshd(
+        name="conn-cipher", address="127.0.93.6", port=24306, user="flctl-conn", options=(f"Ciphers {cipher}",)
+    ) as server:
+        with connected(site_of(server), road_to(tmp_path, server)) as connection:
+            connection.push(tmp_path, ["f"], server.account.home / "cipher")
+        assert (server.account.home / "cipher" / "f").read_text() == "x"
+
+
+def test_one_host_of_several_addresses_is_enough_and_silent_ones_have_one_time_in_all(
+    server: Sshd, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An alias of many login nodes, most of them down."""
+    from tests.chaos.proxy import deaf
+
+    found = socket.getaddrinfo
+
+    def several(host: str, port: int, *arguments: Any, **options: Any) -> Any:
+        names = addresses if host == "alias.example" else [host]
+        return [entry for name in names for entry in found(name, port, *arguments, **options)]
+
+    monkeypatch.setattr(socket, "getaddrinfo", several)
+    monkeypatch.setattr(patience, "CONNECT", 0.5)
+    monkeypatch.setattr(patience, "CONNECT_ALL", 1.2)
+    with deaf() as port, deaf("127.0.0.2", port), Network(server) as network:
+        road = road_to(tmp_path)
+        addresses = ["127.0.0.1", "127.0.0.2"] * 4
+        began = time.monotonic()
+        with pytest.raises(SiteUnreachable, match="alias.example"):
+            connect(site_of(server, host="alias.example", port=port), road)
+        assert time.monotonic() - began < 5
+        addresses = ["127.0.0.9", "127.0.0.1"]
+        road.known_hosts.write_text(f"[alias.example]:{network.port} {server.host_key_line}\n")
+        monkeypatch.setattr(patience, "CONNECT", 20)
+        with connected(site_of(server, host="alias.example", port=network.port), road) as connection:
+            assert connection.run("echo x").stdout == "x\n"

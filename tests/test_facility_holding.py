@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 
 from flctl.errors import CodeSpent, ConfigurationError, HostKeyRefused, Locked, LoginNeeded, SiteUnreachable
-from flctl.facility import holder, holding, ledger
+from flctl.facility import allowance, holder, holding
 from flctl.facility.codes import parse_secret
 from flctl.facility.connection import Road, connect
 from flctl.facility.holding import Kept
@@ -631,7 +631,7 @@ def test_where_a_person_is_needed_the_site_hears_nothing(server: Sshd, tmp_path:
 
 def test_the_interval_between_logins_counts_for_people_too(server: Sshd, tmp_path: Path) -> None:
     site, road = attended(server, interval=600), road_to(tmp_path, server)
-    ledger.keep_interval(site, holding.places(site)[0])
+    allowance.take(site, holding.places(site)[0])
     since = server.mark()
     with login(tmp_path, site, road, 60) as terminal:
         assert terminal.end() == LoginNeeded.exit_code, terminal.screen

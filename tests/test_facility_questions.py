@@ -13,6 +13,7 @@ import paramiko
 import pytest
 
 from flctl.errors import CodeSpent, ConfigurationError, LoginNeeded
+from flctl.facility import allowance
 from flctl.facility.codes import Answers, parse_secret, wanted_by
 from flctl.facility.connection import Road, connect
 from flctl.facility.openssh import Place
@@ -179,6 +180,9 @@ def test_an_expired_password_is_not_changed(both: Sshd, tmp_path: Path) -> None:
         subprocess.run(["chage", "-d", "2026-01-01", both.user], check=True)
     shadow = subprocess.run(["getent", "shadow", both.user], check=True, capture_output=True, text=True).stdout
     time.sleep(max(0.0, 30 - time.time() % 30) if time.time() % 30 > 20 else 0)
+    with pytest.raises(LoginNeeded, match="none is tried until a person has looked at it"):
+        connect(site, road_to(tmp_path, both))
+    assert allowance.release(site)
     let_in(site, road_to(tmp_path, both))
     assert shadow == subprocess.run(["getent", "shadow", both.user], check=True, capture_output=True, text=True).stdout
 
@@ -398,6 +402,20 @@ def test_a_question_without_an_end_is_not_answered_and_takes_no_time(both: Sshd,
 # Which question asks for what
 
 
+NEVER = (
+    "Duo two-factor login for me\n\nEnter a passcode or select one of the following options:\n"
+    "\n 1. Duo Push to XXX-1234\n\nPasscode or option (1-1): ",
+    "Do you accept the terms of use? (yes/no) ",
+    "Accept terms?",
+    "Enter your new PIN:",
+    "Are you sure you want to continue connecting (yes/no/[fingerprint])? ",
+    "Enter PASSCODE from your token, or press Enter for a push:",
+    "Captcha: 7 + 4 = ",
+    "",
+)
+"""What no kind of login answers."""
+
+
 @pytest.mark.parametrize(
     ("kind", "question", "wanted"),
     [
@@ -406,6 +424,8 @@ def test_a_question_without_an_end_is_not_answered_and_takes_no_time(both: Sshd,
         ("key+totp", "Password:", ()),
         ("key+totp", "Password & verification code:", ()),
         ("key+totp", "Enter passphrase for key '/home/me/.ssh/id':", ()),
+        ("key+totp", "New verification code:", ()),
+        *((kind, question, ()) for kind in ("key+totp", "password+totp", "totp") for question in NEVER),
         ("password+totp", "Password:", ("password",)),
         ("password+totp", "(me@login) Password:", ("password",)),
         ("password+totp", "One-time password:", ("code",)),

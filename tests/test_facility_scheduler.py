@@ -342,11 +342,11 @@ def test_accounting_that_fails_is_a_failed_query() -> None:
 @pytest.mark.parametrize(
     ("line", "state", "reason"),
     [
-        ("17|CANCELLED by 0|1795250190|1795250190|1795250200|10|0:0|fa", "CANCELLED", "CANCELLED by 0"),
-        ("17|CANCELLED+|1795250190|Unknown|1795250200|10|0:0|fa", "CANCELLED", ""),
-        ("17|FAILED|1795250190|1795250190|1795250200|10|0:53|fa", "FAILED", "0:53"),
-        ("17|OUT_OF_MEMORY|1795250190|1795250190|1795250200|10|0:125|fa", "OUT_OF_MEMORY", "0:125"),
-        ("17|TIMEOUT|1795250190|1795250190|1795250200|10|0:0|fa", "TIMEOUT", ""),
+        ("17|CANCELLED by 0|1795250190|1795250190|1795250200|10|0:0|karolina|fa", "CANCELLED", "CANCELLED by 0"),
+        ("17|CANCELLED+|1795250190|Unknown|1795250200|10|0:0|karolina|fa", "CANCELLED", ""),
+        ("17|FAILED|1795250190|1795250190|1795250200|10|0:53|karolina|fa", "FAILED", "0:53"),
+        ("17|OUT_OF_MEMORY|1795250190|1795250190|1795250200|10|0:125|karolina|fa", "OUT_OF_MEMORY", "0:125"),
+        ("17|TIMEOUT|1795250190|1795250190|1795250200|10|0:0|karolina|fa", "TIMEOUT", ""),
     ],
 )
 def test_lines_of_sacct_are_read(line: str, state: str, reason: str) -> None:

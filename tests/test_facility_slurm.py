@@ -55,7 +55,7 @@ def test_the_listing_counts_what_a_job_ran() -> None:
 
 def test_accounting_counts_it_too() -> None:
     assert "ElapsedRaw" in (a_slurm().accounting(["fa"]) or "")
-    (job,) = a_slurm().accounted(0, "17|TIMEOUT|1795250190|1795250190|1795250900|710|0:0|fa\n", "") or ()
+    (job,) = a_slurm().accounted(0, "17|TIMEOUT|1795250190|1795250190|1795250900|710|0:0|k|fa\n", "") or ()
     assert job.elapsed == 710
 
 

@@ -24,7 +24,7 @@ from flctl.errors import (
     SiteUnreachable,
     TransferFailed,
 )
-from flctl.facility import login, openssh, over_connection, over_ssh, rsync, transfer
+from flctl.facility import over_connection, over_ssh, patience, rsync, transfer
 from flctl.facility.connection import Connection
 from flctl.facility.over_ssh import OverSsh
 from flctl.facility.profile import Transfer
@@ -385,9 +385,8 @@ def wait_for(condition: Callable[[], object], timeout: float = 20.0) -> None:
 def test_a_link_that_falls_silent_ends_the_transfer(
     server: Sshd, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(login, "ALIVE_INTERVAL", 0.3)
-    monkeypatch.setattr(openssh, "ALIVE_INTERVAL", 1)
-    monkeypatch.setattr(openssh, "ALIVE_COUNT", 2)
+    monkeypatch.setattr(patience, "ALIVE_INTERVAL", 1)
+    monkeypatch.setattr(patience, "ALIVE_COUNT", 2)
     write(tmp_path / "source", "a", os.urandom(24_000_000))
     with Network(server) as network, to(server, tmp_path, network=network) as connection:
         connection.run("true")

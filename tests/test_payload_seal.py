@@ -182,6 +182,7 @@ def test_a_changed_base_is_not_trained_on(place: Place) -> None:
     place.finish(76)
     assert place.done["outcome"] == "failed"
     assert "sha256 differs" in place.done["reason"]
+    assert place.done["cause"] == "base"
 
 
 def test_newest_is_resolved_when_the_job_starts(place: Place) -> None:
@@ -201,3 +202,73 @@ def test_links_in_the_output_are_never_listed(place: Place) -> None:
     (place.run / "out" / "passwd").symlink_to("/etc/passwd")
     place.finish()
     assert "passwd" not in {item["path"] for item in place.done["files"]}
+
+
+class Attempts:
+    """Two attempts of one run."""
+
+    def __init__(self, root: Path) -> None:
+        self.first = Place(root)
+        self.second = Place.__new__(Place)
+        self.second.root, self.second.run = root, root / "runs" / "0001-2"
+        self.second.run.mkdir()
+        self.second.order = self.first.order | {"attempt": 2, "token": "fabd"}
+        self.second.write_order()
+
+    def start(self, place: Place) -> Path:
+        """The checkpoint folder that the attempt's program is given."""
+        started = place.start()
+        assert started.returncode == 0, started.stderr
+        shown = subprocess.run(
+            ["bash", "-c", started.stdout + "echo $FLCTL_CHECKPOINT"], capture_output=True, text=True
+        )
+        return Path(shown.stdout.strip())
+
+
+def test_the_next_attempt_goes_on_from_the_checkpoint_and_is_its_only_writer(tmp_path: Path) -> None:
+    """A copy of the first attempt that still lives has no folder to write to any more."""
+    attempts = Attempts(tmp_path)
+    before = attempts.start(attempts.first)
+    assert before.is_dir() and not list(before.iterdir())
+    (before / "progress").write_text("7\n")
+    (before / "step.pt").write_bytes(b"state")
+    after = attempts.start(attempts.second)
+    assert (after / "step.pt").read_bytes() == b"state"
+    assert not before.exists()
+    attempts.second.finish(1, "TERM")
+    done = attempts.second.done
+    assert (done["progress"], done["cause"]) == (7, "signal")
+    assert after.is_dir(), "kept for the next"
+
+
+def test_another_task_begins_anew(tmp_path: Path) -> None:
+    attempts = Attempts(tmp_path)
+    (attempts.start(attempts.first) / "progress").write_text("7")
+    attempts.second.order["train"] = {"lr": 1.0}
+    attempts.second.write_order()
+    assert not list(attempts.start(attempts.second).iterdir())
+
+
+def test_a_checkpoint_goes_away_with_success(place: Place) -> None:
+    place.start()
+    (place.run / "checkpoint" / "progress").write_text("10")
+    place.train()
+    place.finish()
+    assert (place.done["outcome"], place.done["cause"], place.done["progress"]) == ("done", "", 10)
+    assert not (place.run / "checkpoint").exists()
+
+
+@pytest.mark.parametrize("text", ["", "many", "-1", "1.5", "1 2", "9" * 13, "\x00", "\u0663"])
+def test_progress_that_is_no_whole_number_is_none(place: Place, text: str) -> None:
+    place.start()
+    (place.run / "checkpoint" / "progress").write_bytes(text.encode())
+    place.finish(3)
+    assert (place.done["progress"], place.done["cause"]) == (None, "program")
+
+
+def test_progress_that_leads_elsewhere_is_none(place: Place) -> None:
+    place.start()
+    (place.run / "secret").write_text("42")
+    (place.run / "checkpoint" / "progress").symlink_to(place.run / "secret")
+    place.finish(3)
+    assert place.done["progress"] is None

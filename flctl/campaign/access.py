@@ -1,5 +1,6 @@
 """Owns this process's connections to the sites: one per site, made when it is needed, refused where a site is held."""
 
+import re
 import time
 from collections.abc import Callable, Collection
 from contextlib import AbstractContextManager, suppress
@@ -8,11 +9,13 @@ from functools import partial
 from pathlib import Path
 from typing import Protocol, TypeVar
 
-from flctl.campaign import contacts
+from flctl import faults
+from flctl.campaign import adoption, contacts, driver
 from flctl.campaign.session import Session, open_session
 from flctl.campaign.workspace import Workspace
-from flctl.errors import ConfigurationError, LoginNeeded, LoginTooSoon
-from flctl.facility import holding, renewal
+from flctl.errors import ConfigurationError, LoginNeeded, LoginPaused, LoginTooSoon
+from flctl.facility import allowance, holding, renewal
+from flctl.facility.certificates import clock
 from flctl.facility.connection import Connection, Road, connect, shares
 from flctl.facility.openssh import Place, login_place, transfer_place
 from flctl.facility.over_kept import KeptConnection
@@ -42,14 +45,15 @@ RSYNCS = 4
 @dataclass(slots=True, kw_only=True)
 class Access:
     """The way to the sites. `runtime`: a private folder for sockets; `stopped` is asked while files move; `terminal`:
-    None where nobody is there; `stays`: whether this process goes on for longer than one tick; `sparing`: whether files
-    go without a login of their own wherever they can."""
+    None where nobody is there; `tell` hears what a person should know; `stays`: whether this process goes on for longer
+    than one tick; `sparing`: whether files go without a login of their own wherever they can."""
 
     workspace: Workspace
     runtime: Path
     stopped: Callable[[], bool]
     note: Note
     terminal: Terminal | None = None
+    tell: Callable[[str], None] = lambda line: None
     stays: bool = False
     sparing: bool = False
     _renewals: dict[str, float] = field(default_factory=dict)
@@ -59,8 +63,9 @@ class Access:
     def __post_init__(self) -> None:
         take_secrets(self.workspace)
 
-    def session(self, profile: Site, lock: int, *, equip: bool = True) -> Session:
+    def session(self, profile: Site, lock: int, *, equip: bool = True, automatic: bool = False) -> Session:
         """The site's session, with this flctl's payload in place there (unless `equip` is false: nothing is sent then).
+        `automatic`: no person asked for it, so that a login is one of those that are spread over the day.
         `lock`: the descriptor of the site's lock, which must be held: rsync and ssh children inherit it. LoginNeeded
         for a held site, without a login."""
         name = profile.name
@@ -68,13 +73,17 @@ class Access:
         self.note(name, "connecting")
         connection = self._connections.get(name)
         if connection is None:
-            connection = self._connect(profile, connect)
+            connection = self._connect(self._allowed(profile, automatic=automatic), connect)
             self._connections[name] = connection
+            self._note_skew(profile, connection)
         self._note_until(profile, connection)
         connection.lock_fds = (lock,)
         session = open_session(self.workspace, profile, connection, partial(self.note, name))
         if equip and name not in self._equipped:
+            for run in adoption.reconcile(session, driver.begin(session)):
+                self.tell(f"{name}: run {run.number:04d}, which is there and was not known here, is adopted")
             session.place_payload()
+            faults.point("equipped", name)
             self._equipped.add(name)
         return session
 
@@ -108,13 +117,54 @@ class Access:
 
         self._check_held(profile.name)
         on_login = partial(self._count_login, profile, why="test")
+        profile = self._allowed(profile, automatic=False)
         self._connect(profile, lambda site, road: rehearse(site, road.known_hosts, on_login, witness))
+
+    def _allowed(self, profile: Site, *, automatic: bool) -> Site:
+        """The profile if a login may be tried now; LoginPaused if it is one of those that are spread over the day, and
+        not its turn. A person who typed the command may go beyond the day's number, and is told so."""
+        login, known_hosts = profile.login, self.workspace.root / "known_hosts"
+        if profile.connection == "local" or login.attended or (login.hold and holding.found(profile, known_hosts)):
+            return profile
+        used = allowance.used(profile)
+        until = allowance.spread_until(profile) if automatic else 0.0
+        if until > time.time():
+            raise LoginPaused(
+                f"{used} of the day's {login.per_day} logins are used (login.per_day), the rest is spread: the next is "
+                f"at {clock(until)}",
+                until=until,
+                hint="rounds and ticks go on by themselves then",
+                site=profile.name,
+            )
+        if self.terminal is None or automatic or used < login.per_day:
+            return profile
+        self.tell(f"{profile.name}: the day's {login.per_day} logins are used up (login.per_day); this is one more")
+        return replace(profile, login=replace(login, per_day=0))
+
+    def _note_skew(self, profile: Site, connection: Connection) -> None:
+        """Compare our clock with the site's after a login; a warning if they differ, before a code is ever wrong."""
+        if profile.connection == "local":
+            return
+        before = time.time()
+        told = re.search(r"(\d{9,12})\s*$", connection.run("date +%s").stdout)
+        after, contact = time.time(), self.workspace.contact(profile.name)
+        if told is None or after - before > allowance.SKEW_NOTED:
+            return
+        ahead = round((before + after) / 2 - int(told[1]) - 0.5, 1)
+        allowance.note_skew(profile, ahead)
+        contact = replace(contact, skew=ahead)
+        self.workspace.save_contact(profile.name, contact)
+        if warning := contacts.clock_differs(profile.name, contact):
+            self.tell(warning)
 
     def _connect(self, profile: Site, way: Callable[[Site, Road], T]) -> T:
         """Log in. A refused login holds the site, whoever asked for it: nothing hammers."""
         try:
             self._renew(profile)
-            return way(profile, self._road(profile))
+            faults.point("login", profile.name)
+            made = way(profile, self._road(profile))
+            faults.point("logged-in", profile.name)
+            return made
         except LoginTooSoon:
             raise
         except LoginNeeded as error:
@@ -174,7 +224,7 @@ class Access:
             stop=self.stopped,
             on_login=lambda place, why: self._count_login(profile, place, why),
             on_rsync=lambda version: self._note_rsync(profile.name, version),
-            sparing=self.sparing,
+            sparing=self.sparing or (profile.connection == "ssh" and allowance.scarce(profile)),
         )
 
     def _note_rsync(self, site: str, version: str) -> None:
@@ -188,7 +238,9 @@ class Access:
         counted = replace(contact, logins=contact.logins + 1, login_at=time.time())
         if contacts.hold_of(contact) is not None and contact.held is None:
             counted = replace(counted, trouble=None)
+        faults.point("login-count", site)
         self.workspace.save_contact(site, counted)
+        faults.point("login-counted", site)
         self.workspace.journal.append(
             "login", site=site, count=counted.logins, host=str(place), kind=profile.login.kind, why=why
         )

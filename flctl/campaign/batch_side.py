@@ -8,16 +8,17 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import PurePosixPath
 
+from flctl.campaign.etiquette import may_ask
 from flctl.campaign.session import Session
 from flctl.campaign.steps.deliver import read_template
 from flctl.errors import FlctlError, Interrupted
 from flctl.facility import limits
-from flctl.facility.openssh import printable
 from flctl.facility.probe import Check, python_words, words
 from flctl.facility.profile import Shape, Site
 from flctl.facility.scheduler import Activity, QueryFailed, Seen
 from flctl.facility.script import environment_lines, job_script
 from flctl.facility.shell import quote, read_file
+from flctl.words import printable
 
 NAME = "python in a job"
 WALLTIME = 600
@@ -123,9 +124,9 @@ def _await(session: Session, job: Tiny, wait: float, pause: Callable[[float], bo
     seen: Seen | None = None
     while True:
         asked = {"answer": read_file(f"{job.folder}/answer", limit=4000)}
-        due = time.monotonic() >= look
+        due = time.monotonic() >= look and may_ask(session)
         if due:
-            asked["queue"] = session.scheduler.queue()
+            asked["queue"] = session.scheduler.queue([job.token])
             look = time.monotonic() + session.site.poll.every
         answers = session.ask(asked)
         if answers["answer"].status == 0:

@@ -5,13 +5,19 @@ import time
 from collections.abc import Sequence
 from dataclasses import replace
 
-from flctl.errors import FlctlError, LoginNeeded, SiteUnreachable
+from flctl.errors import FlctlError, LoginNeeded, LoginPaused, LoginTooSoon, SiteUnreachable
+from flctl.facility.allowance import SKEW_NOTED
 from flctl.facility.certificates import clock
 from flctl.facility.profile import Site
 from flctl.records import Contact, Failure, Held, Run, Stage
 
 BACKOFF_FIRST, BACKOFF_MOST = 10.0, 900.0
 """Seconds before the second try of a site in trouble, and the most between two tries."""
+DAY = 86400.0
+STEP, BURST = 30.0, 1800.0
+"""A site is contacted once in so many seconds in the long run (twice as often as `poll.every`, where that is less), and
+more often only as long as that does not take more than half an hour of it in advance: 60 contacts. No defect of ours
+makes more than 180 in an hour."""
 PACE = 0.1
 """What is told too late is late by this part of the time that it took, at most."""
 SETTLING = 5.0
@@ -20,16 +26,18 @@ SETTLING = 5.0
 
 def next_due(site: Site, runs: Sequence[Run], now: float, *, stays: bool) -> float:
     """When to look at a site again that was just reached: at expected starts and ends of its jobs, and otherwise after
-    an interval: the long one where each login costs a one-time code and this process does not stay."""
+    an interval: where this process does not stay, each look is a login, so that they are as far apart as the day's
+    logins allow, and further where each costs a one-time code."""
     if any(run.stage == Stage.ORDERED and not is_held(run.held) for run in runs):
         return now
-    costly = site.connection == "ssh" and site.login.coded
     changed = max((run.changed_at for run in runs), default=now)
-    interval = site.poll.login_every if costly and not stays else pace(site, now - changed)
+    interval = pace(site, now - changed)
+    if site.connection == "ssh" and not stays:
+        interval = max(site.poll.login_every if site.login.coded else interval, DAY / site.login.per_day)
     moments = [now + interval]
     for run in runs:
-        seconds = (run.job.absent_at, run.job.never_at)
-        moments += [first + site.poll.absence for first in seconds if first is not None]
+        seconds = (run.job.absent_at, run.job.never_at, run.job.again_at)
+        moments += [at for first in seconds if first is not None and (at := first + site.poll.absence) > now]
         expected = (run.job.expected_start, run.job.expected_end)
         moments += [moment + SETTLING for moment in expected if moment is not None and moment > now]
     return max(now + min(1.0, interval), min(moments))
@@ -43,28 +51,40 @@ def pace(site: Site, quiet: float) -> float:
 
 def is_due(contact: Contact, runs: Sequence[Run], now: float) -> bool:
     """Whether the site of these open runs is to be contacted: its time has come, or it was given a new order since that
-    time was set."""
+    time was set, or the clock was set back since; but never more often than at the pace that a site bears."""
     waiting = [run for run in runs if not is_held(run.held)]
-    if is_held(contact.held) or not waiting:
+    if is_held(contact.held) or not waiting or now + BURST < contact.paced <= now + BURST + STEP:
         return False
+    if contact.known_at > now + STEP:
+        return True
     ordered = any(run.stage == Stage.ORDERED and run.changed_at > contact.known_at for run in waiting)
     return contact.due <= now or ordered
 
 
-def reached(contact: Contact, now: float, due: float) -> Contact:
-    return replace(contact, due=due, known_at=now, reached_at=now, failures=0, unreachable_since=None, trouble=None)
+def reached(contact: Contact, site: Site, now: float, due: float) -> Contact:
+    paced = _paced(contact, now, min(STEP, site.poll.every / 2))
+    contact = replace(contact, due=due, known_at=now, reached_at=now, paced=paced)
+    return replace(contact, failures=0, unreachable_since=None, trouble=None)
 
 
-def postponed(contact: Contact, until: float, now: float) -> Contact:
-    return replace(contact, due=until, known_at=now)
+def postponed(contact: Contact, error: LoginTooSoon, now: float) -> Contact:
+    """The record where no login was tried, and none may be before a moment; why, if that is not a minute away."""
+    trouble = failure_of(error) if isinstance(error, LoginPaused) else contact.trouble
+    due = max(now + 1.0, error.until + 0.5)
+    return replace(contact, due=due, known_at=now, trouble=trouble, paced=_paced(contact, now, STEP))
+
+
+def _paced(contact: Contact, now: float, step: float) -> float:
+    """One contact more. What lies further in the future than a pace can was written before the clock was set back."""
+    begun = contact.paced if contact.paced <= now + BURST + STEP else now
+    return max(begun, now) + step
 
 
 def failed(contact: Contact, error: FlctlError, now: float) -> Contact:
     """The record after a contact that failed: tried again after a growing, jittered pause; a refused login is held. One
     that could not even be tried (no agent, an expired certificate) is not: it works once a person has renewed it, and
     until then it costs the site nothing to look again soon."""
-    failures = contact.failures + 1
-    pause = min(BACKOFF_MOST, BACKOFF_FIRST * 2 ** min(failures - 1, 10)) * random.uniform(0.8, 1.2)
+    pause = _pause(contact)
     held, lost, until = contact.held, contact.unreachable_since, contact.login_until
     if isinstance(error, LoginNeeded) and error.attempted:
         held = Held(reason=error.message, since=now)
@@ -76,12 +96,22 @@ def failed(contact: Contact, error: FlctlError, now: float) -> Contact:
         contact,
         due=now + pause,
         known_at=now,
-        failures=failures,
+        failures=contact.failures + 1,
         unreachable_since=lost,
         login_until=until,
         held=held,
         trouble=failure_of(error),
+        paced=_paced(contact, now, STEP),
     )
+
+
+def _pause(contact: Contact) -> float:
+    """Seconds until the next try, with decorrelated jitter: at random, up to three times the last pause, so that sites
+    and campaigns which failed together do not come back together."""
+    if not contact.failures:
+        return BACKOFF_FIRST * random.uniform(0.8, 1.2)
+    last = min(max(contact.due - contact.known_at, BACKOFF_FIRST), BACKOFF_MOST)
+    return min(BACKOFF_MOST, random.uniform(BACKOFF_FIRST, 3 * last))
 
 
 def is_held(held: Held | None) -> bool:
@@ -118,6 +148,14 @@ def outlives(contact: Contact, site: Site, runs: Sequence[Run], now: float) -> s
         f"{site.name}: the {what} ends {clock(until)}, before the jobs' expected end ({clock(max(ends))}): "
         f"flctl login {site.name} then"
     )
+
+
+def clock_differs(name: str, contact: Contact) -> str:
+    """A warning if our clock and the site's differ by more than is good for codes and certificates; else empty."""
+    if contact.skew is None or abs(contact.skew) <= SKEW_NOTED:
+        return ""
+    where = "ahead of" if contact.skew > 0 else "behind"
+    return f"{name}: this machine's clock is {abs(contact.skew):.0f} s {where} the site's: is it kept right (NTP)?"
 
 
 def _expected_end(run: Run, site: Site, now: float) -> float:

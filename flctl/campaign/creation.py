@@ -4,7 +4,8 @@ import os
 import re
 import shutil
 import unicodedata
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 from flctl.campaign import shipped
@@ -12,6 +13,7 @@ from flctl.campaign.config import new_id
 from flctl.campaign.merging import model_record
 from flctl.campaign.profiles import to_fill_in
 from flctl.campaign.workspace import Workspace, fsync_folder, write_atomic, write_json
+from flctl.durable import fsync_folders, make_folder, remove
 from flctl.errors import ConfigurationError
 from flctl.facility.profile import load_site
 
@@ -42,7 +44,9 @@ kinds = ["*.safetensors", "*.safetensors.index.json"]   # the only files that ma
 size_factor = 1.5           # at most so many times the bytes of the base model per run
 """
 
-TRAIN = {"steps": 100, "lr": 5e-5, "batch": 8, "sequence_length": 1024}
+LABEL = re.compile(r"([a-z0-9](?:[a-z0-9-]{0,38}[a-z0-9])?)-([0-9a-f]{8})")
+"""NAME-ID, a campaign's folder at every site."""
+TRAIN: Mapping[str, object] = {"steps": 100, "lr": 5e-5, "batch": 8, "sequence_length": 1024}
 
 
 def create(
@@ -59,30 +63,58 @@ def create(
     from flctl.model.folder import check_model
 
     folder = folder.resolve()
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ConfigurationError(
-            f"{folder} exists and is no empty folder; flctl init never overwrites", hint="name another folder"
-        )
+    _check_new(folder)
     check_model(model)
-    folder.parent.mkdir(parents=True, exist_ok=True)
+    with _drafted(folder) as draft:
+        _fill(draft, _name_of(folder), new_id(), profiles, seed, {**TRAIN, **(train or {})}, cross)
+        adopt_model(model, draft / "models" / "0000")
+    workspace = Workspace(folder)
+    workspace.journal.append("init", name=workspace.name, id=workspace.id, sites=sorted(profiles))
+    return workspace
+
+
+def frame(folder: Path, *, name: str, id_: str, profiles: dict[str, str], seed: int) -> Workspace:
+    """The folder of a campaign that the sites know, without a model; as create() otherwise."""
+    folder = folder.resolve()
+    if (folder / "flctl.toml").is_file():  # an attempt before this one did not find a model
+        workspace = Workspace(folder)
+        if (workspace.name, workspace.id) == (name, id_) and not workspace.runs():
+            return workspace
+    _check_new(folder)
+    with _drafted(folder) as draft:
+        _fill(draft, name, id_, profiles, seed, TRAIN, False)
+    workspace = Workspace(folder)
+    workspace.journal.append("rebuilt", name=name, id=id_, sites=sorted(profiles))
+    return workspace
+
+
+def _check_new(folder: Path) -> None:
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ConfigurationError(f"{folder} exists and is no empty folder; nothing is overwritten", hint="name another")
+
+
+@contextmanager
+def _drafted(folder: Path) -> Iterator[Path]:
+    """A draft that becomes the folder if the block ends without an error, private to the user, for good."""
+    make_folder(folder.parent)
     draft = folder.parent / f".{folder.name}.draft"
-    shutil.rmtree(draft, ignore_errors=True)
+    remove(draft)
     draft.mkdir(mode=0o700)
     try:
-        _fill(draft, _name_of(folder), profiles, model, seed, {**TRAIN, **(train or {})}, cross)
+        yield draft
+        fsync_folders(draft)
         if folder.exists():
+            folder.chmod(0o700)
             for path in draft.iterdir():  # somebody's shell may stand in the folder
                 path.rename(folder / path.name)
             draft.rmdir()
+            fsync_folder(folder)
         else:
             draft.rename(folder)
     except BaseException:
         shutil.rmtree(draft, ignore_errors=True)
         raise
     fsync_folder(folder.parent)
-    workspace = Workspace(folder)
-    workspace.journal.append("init", name=workspace.name, id=workspace.id, sites=sorted(profiles))
-    return workspace
 
 
 def _name_of(folder: Path) -> str:
@@ -94,14 +126,13 @@ def _name_of(folder: Path) -> str:
 def _fill(
     draft: Path,
     name: str,
+    id_: str,
     profiles: dict[str, str],
-    model: Path,
     seed: int,
     train: Mapping[str, object],
     cross: bool,
 ) -> None:
-    lines = "\n".join(f"{key} = {_toml(value)}" for key, value in train.items())
-    text = CONFIGURATION.format(name=name, id=new_id(), seed=seed, train=lines, cross=_toml(cross))
+    text = CONFIGURATION.format(name=name, id=id_, seed=seed, train=toml_lines(train), cross=_toml(cross))
     write_atomic(draft / "flctl.toml", text.encode())
     for site, profile in profiles.items():
         write_atomic(draft / "sites" / f"{site}.toml", profile.encode())
@@ -110,7 +141,6 @@ def _fill(
     write_atomic(draft / "known_hosts", b"")
     (draft / "runs").mkdir(mode=0o700)
     (draft / "models").mkdir(mode=0o700)
-    adopt_model(model, draft / "models" / "0000")
 
 
 def adopt_model(source: Path, target: Path) -> None:
@@ -127,6 +157,10 @@ def adopt_model(source: Path, target: Path) -> None:
     files = hash_folder(target)
     write_json(target / "flctl.json", model_record(version=0, files=files, parents=[], steps=0, contributions=[]))
     fsync_folder(target)
+
+
+def toml_lines(table: Mapping[str, object]) -> str:
+    return "\n".join(f"{key} = {_toml(value)}" for key, value in table.items())
 
 
 def _toml(value: object) -> str:

@@ -9,7 +9,7 @@ from flctl.campaign.config import load_profile, whole_profile
 from flctl.campaign.contacts import failure_of
 from flctl.campaign.engine import Engine
 from flctl.campaign.workspace import Workspace
-from flctl.errors import ConfigurationError, FlctlError, Interrupted, LoginTooSoon
+from flctl.errors import ConfigurationError, FlctlError, Interrupted, LoginPaused, LoginTooSoon
 from flctl.facility.codes import parse_secret
 from flctl.facility.openssh import jump_place, login_place
 from flctl.facility.profile import Site
@@ -34,8 +34,8 @@ class LoginTest:
 
 
 def try_login(engine: Engine, name: str) -> LoginTest:
-    """Log in to a site once. Raises only LoginTooSoon (the caller may wait), Interrupted, and ConfigurationError where
-    the profile is not ready."""
+    """Log in to a site once. Raises only LoginTooSoon (the caller may wait for it a little), Interrupted, and
+    ConfigurationError where the profile is not ready."""
     site = load_profile(engine.workspace, name)
     if site.connection == "local":
         return LoginTest(site=name, kind="local")
@@ -44,9 +44,11 @@ def try_login(engine: Engine, name: str) -> LoginTest:
     try:
         with engine.workspace.lock_site(name):
             engine.access.rehearse(site, seen)
-    except (LoginTooSoon, Interrupted):
+    except Interrupted:
         raise
     except FlctlError as error:
+        if isinstance(error, LoginTooSoon) and not isinstance(error, LoginPaused):
+            raise
         failure = failure_of(error)
     return LoginTest(
         site=name,

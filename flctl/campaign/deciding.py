@@ -4,6 +4,7 @@ import time
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from flctl import faults
 from flctl.campaign import gates, remote_merge
 from flctl.campaign.config import Configuration, load_configuration
 from flctl.campaign.contacts import failure_of
@@ -72,10 +73,13 @@ def give(engine: "Engine", order: Order) -> Run:
     now = time.time()
     job = Job(token=token_of(engine.workspace.id, order.site, number, 1))
     run = Run(number=number, order=order, job=job, created_at=now, changed_at=now)
+    faults.point("order", f"{order.site}/{number}")
     engine.workspace.save_run(run)
+    faults.point("order-recorded", f"{order.site}/{number}")
     engine.workspace.journal.append(
         "order", site=order.site, number=number, work=order.work, base=order.base, round=order.round
     )
+    faults.point("ordered", f"{order.site}/{number}")
     return run
 
 

@@ -13,7 +13,8 @@ from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from flctl.campaign import budget, contacts, deciding, steps
+from flctl import faults
+from flctl.campaign import attempts, budget, contacts, deciding, driver, history, steps
 from flctl.campaign.access import Access, Terminal
 from flctl.campaign.config import Configuration, load_configuration, load_profile
 from flctl.campaign.contacts import failure_of
@@ -43,7 +44,8 @@ class Engine:
     """Moves one campaign in this process. `stop` set: no new step begins, our rsync ends, Interrupted is raised.
     `errors`: what went wrong in this process, by site. `stays`: this process comes back to its connections.
     `abandoned`: a thread still waits for a site although it was told to stop. `tell` hears each change as a line;
-    `terminal` lends ours to a program that asks a person (None: nobody is there)."""
+    `terminal` lends ours to a program that asks a person (None: nobody is there). `busy`: another flctl had what this
+    one wanted to move; `worked`: this one moved something, or looked at it."""
 
     workspace: Workspace
     runtime: Path
@@ -54,6 +56,8 @@ class Engine:
     abandoned: bool = False
     tell: Callable[[str], None] = lambda line: None
     terminal: Terminal | None = None
+    busy: bool = False
+    worked: bool = False
     access: Access = field(init=False)
     _warned: dict[str, float | None] = field(default_factory=dict)
 
@@ -64,6 +68,7 @@ class Engine:
             stopped=self.stop.is_set,
             note=self.note,
             terminal=self.terminal,
+            tell=self.tell,
         )
 
     # One site
@@ -73,8 +78,10 @@ class Engine:
         raised (except Interrupted). False if another flctl has the site."""
         try:
             with self.workspace.lock_site(site, patience=patience) as lock:
+                self.worked = True
                 self._advance_locked(site, lock)
         except Locked:
+            self.busy = True
             return False
         finally:
             self.doing.pop(site, None)
@@ -87,11 +94,11 @@ class Engine:
         try:
             profile = load_profile(self.workspace, site)
             configuration = load_configuration(self.workspace)
-            self._move(self.access.session(profile, lock), configuration)
+            self._move(self.access.session(profile, lock, automatic=True), configuration)
         except Interrupted:
             raise
         except LoginTooSoon as early:
-            self._postpone(site, early.until + 0.5)
+            self._postpone(site, early)
         except FlctlError as error:
             self._note_trouble(site, error)
         except Exception as error:  # one site's defect must not end what the others do
@@ -106,14 +113,16 @@ class Engine:
         while True:
             self.check_stop()
             runs = [run for run in self.workspace.runs(site) if run.open and not contacts.is_held(run.held)]
-            submitted = [run for run in runs if run.stage in SUBMITTED]
+            # A run that was adopted from the site waits for its base to be made again.
+            runs = [run for run in runs if self.workspace.has_model(run.order.base)]
+            submitted = [run for run in runs if run.stage in SUBMITTED or run.job.ending]
             if submitted and not looked:
                 looked = True
                 self.note(site, "asking the scheduler")
                 for before, after in zip(submitted, steps.check(session, submitted), strict=True):
-                    self.record(before, after)
+                    self.record(before, attempts.followed(self.workspace, configuration, after))
                 continue
-            ready = next((run for run in runs if run.stage not in SUBMITTED), None)
+            ready = next((run for run in runs if run not in submitted), None)
             if ready is None:
                 return
             after = self._step(session, ready, configuration)
@@ -127,6 +136,8 @@ class Engine:
                 run = budget.admitted(self.workspace, configuration, session.site, run)
                 if run.held is not None:
                     return run
+            if run.stage in (Stage.ORDERED, Stage.DELIVERED):
+                self.workspace.check_room()
             if run.stage == Stage.ORDERED:
                 self.note(run.site, "delivering")
                 return steps.deliver(session, run, configuration)
@@ -146,11 +157,14 @@ class Engine:
             return
         if (after.stage, after.attempt) != (before.stage, before.attempt):
             after = replace(after, changed_at=time.time())
+        faults.point("run-record", subject_of(after))
         self.workspace.save_run(after)
+        faults.point("run-recorded", subject_of(after))
         if after.failure is not None and after.failure != before.failure:
             self.errors.append((after.site, after.failure))
         if after.held is not None and after.held != before.held:
-            self.errors.append((after.site, budget.held_by_budget(after)))
+            if after.failure is None:
+                self.errors.append((after.site, budget.held_by_budget(after)))
             self.workspace.journal.append("held", site=after.site, number=after.number, reason=after.held.reason)
             self.tell(f"{after.site}: run {after.number:04d} is HELD: {after.held.reason}")
         if after.stage != before.stage or after.attempt != before.attempt:
@@ -164,7 +178,9 @@ class Engine:
                 job_id=after.job.id,
                 reason=after.failure.message if after.failure else "",
             )
-            self.tell(line_of(after))
+            faults.point("run-journaled", subject_of(after))
+            follows = after.attempt > before.attempt and after.past[-1].automatic
+            self.tell(attempts.line_of_next(after) if follows else line_of(after))
 
     # Contact with a site
 
@@ -178,8 +194,9 @@ class Engine:
         """The site was reached: when it is next looked at depends on its jobs and on what a login costs."""
         runs, now = self.open_runs(profile.name), time.time()
         due = contacts.next_due(profile, runs, now, stays=self.stays or self.access.is_kept(profile.name))
-        contact = contacts.reached(self.workspace.contact(profile.name), began, due)
+        contact = contacts.reached(self.workspace.contact(profile.name), profile, began, due)
         self.workspace.save_contact(profile.name, contact)
+        faults.point("contact-recorded", profile.name)
         warning = contacts.outlives(contact, profile, runs, now)
         if warning and self.stays and self._warned.get(profile.name) != contact.login_until:
             self._warned[profile.name] = contact.login_until
@@ -192,12 +209,20 @@ class Engine:
         self.workspace.save_contact(site, contacts.failed(before, error, time.time()))
         if isinstance(error, LoginNeeded) and not error.attempted and before.trouble == failure_of(error):
             return
+        faults.point("trouble-recorded", site)
         self.errors.append((site, failure_of(error)))
         self.tell(f"{site}: {error.message}")
         self.workspace.journal.append("trouble", site=site, code=error.code, message=error.message)
 
-    def _postpone(self, site: str, until: float) -> None:
-        self.workspace.save_contact(site, contacts.postponed(self.workspace.contact(site), until, time.time()))
+    def _postpone(self, site: str, early: LoginTooSoon) -> None:
+        """No login is tried now; the site is due when one may be."""
+        before = self.workspace.contact(site)
+        after = contacts.postponed(before, early, time.time())
+        self.workspace.save_contact(site, after)
+        faults.point("postponed", site)
+        if after.trouble is not None and after.trouble != before.trouble:
+            self.tell(f"{site}: {early.message}")
+            self.workspace.journal.append("trouble", site=site, code=early.code, message=early.message)
 
     def close(self) -> None:
         self.access.close()
@@ -211,6 +236,7 @@ class Engine:
             with self.workspace.lock_campaign(patience=patience):
                 return deciding.decide(self)
         except Locked:
+            self.busy = True
             return None
 
     def tick(self, *, stays: bool = False, deadline: float | None = None) -> Decision | None:
@@ -218,6 +244,9 @@ class Engine:
         what was decided. `stays`: this process keeps its connections for the next tick. Interrupted when `stop` is set
         or the monotonic clock passes `deadline`; what runs then is given INTERRUPT_PATIENCE seconds to end."""
         self.stays = self.access.stays = stays
+        driver.ours(self.workspace)
+        history.look_back(self.workspace, self.tell)
+        self.workspace.check_room()
         decision = self.decide(patience=0.0)
         running: dict[Future[bool], str] = {}
         skipped: set[str] = set()
@@ -260,6 +289,10 @@ class Engine:
             self.doing[site] = Doing(what=what, since=time.time(), moved=moved, total=total)
         else:
             doing.moved, doing.total = moved, total
+
+
+def subject_of(run: Run) -> str:
+    return f"{run.site}/{run.number}.{run.attempt} {run.stage}"
 
 
 def line_of(run: Run) -> str:

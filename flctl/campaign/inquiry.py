@@ -12,11 +12,11 @@ from flctl.campaign.session import Session
 from flctl.campaign.trial import PROBE_TIMEOUT, remember_space
 from flctl.errors import FlctlError, Interrupted, Locked, LoginNeeded, LoginTooSoon
 from flctl.facility import limits
-from flctl.facility.openssh import printable
 from flctl.facility.probe import bounded, in_login_shell, last_lines, space_commands, trial_command
 from flctl.facility.scheduler import QueryFailed
 from flctl.facility.shell import Answer
 from flctl.records import Failure
+from flctl.words import printable
 
 
 def inquire(engine: Engine, name: str) -> Told:

@@ -4,16 +4,39 @@ import errno
 import fcntl
 import json
 import os
+import re
 import time
 from collections.abc import Iterator
 from contextlib import suppress
+from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
+from flctl import faults
+from flctl.durable import fsync_folder
 from flctl.errors import BudgetRefused, ConfigurationError, FlctlError
 
 START = "0" * 64
+CHECK = re.compile(rb', "check": "([0-9a-f]{16})"\}$')
+"""How a line ends: with the first 16 digits of the sha256 of the line without this."""
+HEAD = re.compile(rb'\{"seq": (\d+), "prev": "([0-9a-f]{64})", "at": ')
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Damage:
+    """A line of the journal that is not as it was written: its number in the file from 1, its `seq` (None where it
+    cannot be read), the offset in bytes at which it begins, the sha256 that it has now, and what is wrong."""
+
+    line: int
+    seq: int | None
+    offset: int
+    sha256: str
+    what: str
+
+    def __str__(self) -> str:
+        seq = "" if self.seq is None else f" (seq {self.seq})"
+        return f"line {self.line}{seq}, at byte {self.offset}: {self.what}"
 
 
 class Journal:
@@ -30,16 +53,28 @@ class Journal:
             raise unwritable(self.path, error) from error
 
     def _append(self, event: str, facts: dict[str, Any]) -> None:
-        descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o600)
-        with os.fdopen(descriptor, "r+b") as file:
+        is_new = not self.path.exists()
+        descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
+        with os.fdopen(descriptor, "r+b", buffering=0) as file:
             fcntl.flock(file, fcntl.LOCK_EX)
             last = _last_line(file)
             sequence = _sequence(last, file) + 1
             previous = sha256(last).hexdigest() if last else START
             entry = {"seq": sequence, "prev": previous, "at": round(time.time(), 3), "event": event, **facts}
-            file.write(json.dumps(entry, ensure_ascii=False).encode() + b"\n")
-            file.flush()
-            os.fsync(file.fileno())
+            whole = file.seek(0, os.SEEK_END)
+            faults.point("journal", event)
+            try:
+                _write(file.fileno(), _line(entry))
+                faults.point("journal-flushed", event)
+                os.fsync(descriptor)
+            except OSError:
+                # What was not flushed is lost, whatever a second flush says: the next line begins where this one did.
+                with suppress(OSError):
+                    file.truncate(whole)
+                raise
+        if is_new:
+            fsync_folder(self.path.parent)
+        faults.point("journaled", event)
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         """The entries, oldest first; a torn or damaged line is left out."""
@@ -51,6 +86,86 @@ class Journal:
                     with suppress(ValueError):
                         yield json.loads(line)
 
+    def damage(self) -> tuple[Damage, ...]:
+        """Every line that is not as it was written, by its own checksum, and by the hash of it in the line after it. A
+        torn last line is none: it was never acknowledged. Each line is hashed twice, none is parsed."""
+        try:
+            content = self.path.read_bytes()
+        except FileNotFoundError:
+            return ()
+        except OSError as error:
+            raise ConfigurationError(f"{self.path}: {error.strerror}") from error
+        return tuple(_damaged(content))
+
+
+def _line(entry: dict[str, Any]) -> bytes:
+    text = json.dumps(entry, ensure_ascii=False).encode("utf-8", "backslashreplace")
+    return text[:-1] + b', "check": "' + _check(text) + b'"}\n'
+
+
+def _check(text: bytes) -> bytes:
+    return sha256(text).hexdigest()[:16].encode()
+
+
+def _write(descriptor: int, line: bytes) -> None:
+    rest = memoryview(line)
+    while rest:
+        rest = rest[os.write(descriptor, rest) :]
+
+
+def _damaged(content: bytes) -> Iterator[Damage]:
+    *lines, torn = content.split(b"\n")
+    if torn and _agrees(torn[:-1]):  # a whole line, whose newline is another byte now
+        lines.append(torn)
+    offset, previous, checked = 0, START, False
+    hashes = [sha256(line).hexdigest() for line in lines]
+    for number, line in enumerate(lines):
+        head, found = HEAD.match(line), CHECK.search(line)
+        checked = checked or found is not None
+        what = ""
+        if head is None or (found is None and not _is_json(line)):
+            what = "it cannot be read"
+        elif found is not None and not _agrees(line):
+            what = "it is not as it was written: its checksum differs"
+        elif found is None and checked:
+            what = "it is not as it was written: it has lost its checksum"
+        elif head[2].decode() != previous:
+            what = "the line before it is not the one that it followed: lines are missing, or were changed"
+        elif found is None and _disowned(lines, hashes, number):
+            what = "it is not as it was written: the line after it says so"
+        if what:
+            seq = int(head[1]) if head else None
+            yield Damage(line=number + 1, seq=seq, offset=offset, sha256=hashes[number], what=what)
+        # What follows a damaged line was chained to it either before it was damaged, or after.
+        previous = hashes[number]
+        if what and number + 1 < len(lines) and (after := HEAD.match(lines[number + 1])):
+            previous = after[2].decode()
+        offset += len(line) + 1
+
+
+def _agrees(line: bytes) -> bool:
+    found = CHECK.search(line)
+    return found is not None and _check(line[: found.start()] + b"}") == found[1]
+
+
+def _is_json(line: bytes) -> bool:
+    try:
+        json.loads(line)
+    except ValueError:
+        return False
+    return True
+
+
+def _disowned(lines: list[bytes], hashes: list[str], number: int) -> bool:
+    """Whether the line after this one, which is as it was written, followed another."""
+    if number + 1 >= len(lines):
+        return False
+    after = HEAD.match(lines[number + 1])
+    if after is None or after[2].decode() == hashes[number]:
+        return False
+    further = HEAD.match(lines[number + 2]) if number + 2 < len(lines) else None
+    return _agrees(lines[number + 1]) or further is None or further[2].decode() == hashes[number + 1]
+
 
 def unwritable(path: Path, error: OSError) -> FlctlError:
     """A failed write at home: a full disk or quota, or a folder that may not be written."""
@@ -58,7 +173,13 @@ def unwritable(path: Path, error: OSError) -> FlctlError:
         return BudgetRefused(
             f"{path} cannot be written: {error.strerror}", hint="make room; the same command goes on from here"
         )
-    return ConfigurationError(f"{path} cannot be written: {error.strerror}", hint=f"who owns {path.parent}?")
+    hints = {
+        errno.EIO: "the disk fails: see dmesg; what this was about to write is not there, all before it is",
+        errno.EROFS: "the file system is mounted read-only: see dmesg; the same command goes on once it can be written",
+        errno.ELOOP: f"flctl makes no links in a campaign's folder: who made {path}?",
+    }
+    hint = hints.get(error.errno or 0, f"who owns {path.parent}?")
+    return ConfigurationError(f"{path} cannot be written: {error.strerror}", hint=hint)
 
 
 def _sequence(last: bytes, file: Any) -> int:
@@ -80,6 +201,10 @@ def _last_line(file: Any) -> bytes:
         file.seek(end)
         tail = file.read(step) + tail
     whole, newline, torn = tail.rpartition(b"\n")
+    if torn and _agrees(torn[:-1]):
+        # A whole line, whose newline is another byte now: it was acknowledged, so it stays.
+        os.pwrite(file.fileno(), b"\n", file.seek(0, os.SEEK_END) - 1)
+        return bytes(torn[:-1])
     if torn:
         file.truncate(file.seek(0, os.SEEK_END) - len(torn))
     file.seek(0, os.SEEK_END)

@@ -10,7 +10,7 @@ from flctl.campaign.access import take_secrets
 from flctl.campaign.config import load_profile, whole_profile
 from flctl.campaign.workspace import Workspace
 from flctl.errors import ConfigurationError, Locked, LoginNeeded
-from flctl.facility import attended, holding, renewal
+from flctl.facility import allowance, attended, holding, renewal
 from flctl.facility.certificates import clock
 from flctl.facility.holding import Kept
 from flctl.facility.openssh import Place, jump_place
@@ -124,6 +124,9 @@ def _open(workspace: Workspace, site: Site, limit: float | None, say: Say) -> li
             if asked and site.login.coded:
                 say(f"{site.name}: a code works once: wait for the next one before you answer {place}")
             asked = True
+            used, most = allowance.used(site), site.login.per_day
+            if used >= most:
+                say(f"{site.name}: the day's {most} logins are used up (login.per_day); this is one more")
             holding.end_older(site, place, known_hosts)
             kept = attended.keep(site, place, known_hosts, seconds, partial(_count, workspace, site, place))
             say(f"{site.name}: the connection to {kept.place} is kept until {clock(kept.until)}")

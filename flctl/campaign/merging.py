@@ -8,11 +8,12 @@ from importlib.metadata import version as version_of
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from flctl import __version__
-from flctl.campaign import gates
+from flctl import __version__, faults
+from flctl.campaign import chain, gates
 from flctl.campaign.config import Configuration
 from flctl.campaign.privacy import privacy_of, privacy_settings, shown
-from flctl.campaign.workspace import Workspace, fsync_folder, write_json
+from flctl.campaign.workspace import Workspace, write_json
+from flctl.durable import move
 from flctl.errors import ConfigurationError
 from flctl.records import FileEntry, Merge, folder_sha256, to_data
 
@@ -38,8 +39,11 @@ def merge_model(
     settings = {**settings_of(configuration), "privacy": privacy_settings(workspace, merge.base, configuration)}
     seen = gates.look(workspace, merge, configuration.gates, sources, stop=stop)
     draft = draft_folder(workspace, merge.version)
+    if draft.is_symlink():
+        draft.unlink()
     shutil.rmtree(draft, ignore_errors=True)
     began = time.time()
+    faults.point("merge", f"{merge.version:04d}")
     made = stream(
         workspace.model_folder(merge.base),
         sources,
@@ -48,6 +52,7 @@ def merge_model(
         state=state_of(workspace, merge.base),
         stop=stop,
     )
+    faults.point("merged", f"{merge.version:04d}")
     facts = {**settings, "gates": seen, "made_by": {"flctl": __version__, "torch": version_of("torch")}}
     return publish(workspace, merge, given, made, seconds=time.time() - began, **facts)
 
@@ -65,25 +70,33 @@ def publish(
         parents=[{"version": merge.base, "sha256": parent["sha256"]}],
         steps=parent.get("steps", 0) + max(item["steps"] for item in given),
         contributions=[{**item, **_entered(made, item["site"], item["number"])} for item in given],
+        **chain.links(workspace, merge.version),
         state=state_record(made.state),
         **facts,
     )
-    write_json(draft / "flctl.json", record)
-    warnings = gates.warnings_of(record)
+    write_json(draft / "flctl.json", {**record, "seconds": round(seconds, 3)})
+    faults.point("model-rename", target.name)
+    move(draft, target)
+    faults.point("model-durable", target.name)
+    journal_model(workspace, merge.version)
+    return gates.warnings_of(record)
+
+
+def journal_model(workspace: Workspace, version: int) -> None:
+    """Say in the journal how a model version was made, once it is there for good."""
+    record = workspace.model_record(version)
     workspace.journal.append(
         "model",
-        version=merge.version,
+        version=version,
         sha256=record["sha256"],
+        record=chain.sha_of(workspace.model_folder(version) / "flctl.json"),
         rule=record.get("rule"),
-        rule_step=made.state.step if made.state else None,
-        contributions=[f"{item['site']}/{item['number']}" for item in given],
-        warnings=warnings,
+        rule_step=(record.get("state") or {}).get("step"),
+        contributions=[f"{item['site']}/{item['number']}" for item in record.get("contributions", [])],
+        warnings=gates.warnings_of(record),
         privacy=shown(record),
-        seconds=round(seconds, 3),
+        seconds=record.get("seconds"),
     )
-    draft.rename(target)
-    fsync_folder(target.parent)
-    return warnings
 
 
 def _entered(made: "Made", site: str, number: int) -> dict[str, float]:
@@ -131,6 +144,7 @@ def contributions_of(workspace: Workspace, merge: Merge) -> list[dict[str, Any]]
                 "steps": run.contribution.steps,
                 "samples": run.contribution.samples,
                 "tokens": run.contribution.tokens,
+                "records": chain.records_of(workspace, run),
             }
         )
     return given

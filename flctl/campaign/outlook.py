@@ -9,7 +9,7 @@ from fnmatch import fnmatch
 from flctl.campaign import budget
 from flctl.campaign.access import expected_logins
 from flctl.campaign.config import BudgetTable, Configuration, load_profile
-from flctl.campaign.contacts import failure_of
+from flctl.campaign.contacts import DAY, failure_of
 from flctl.campaign.foresight import limits_broken, way_barred
 from flctl.campaign.workspace import Workspace
 from flctl.errors import BudgetRefused, FlctlError
@@ -24,6 +24,8 @@ from flctl.records import Failure, Plan, Stage
 ROOM = 3
 """A site must have room for so many times the model: the base, the run's output, and one more for what is under way
 (the next base beside this one, the partial files of a transfer, a second attempt)."""
+CONTACTS = 3
+"""Contacts of a job that each tick would make by a login of its own: to submit it, at its start, at its end."""
 FOLDERS = 40
 """Files of a run's folder, the payload and the like, besides those of the models."""
 
@@ -180,12 +182,26 @@ def _notes(matter: Matter, site: Site, view: Outlook, want: Want) -> list[str]:
     if until is not None and matter.now < until < matter.now + view.walltime:
         ends = clock(until)
         notes.append(f"the login is good until {ends}, and a job may run longer: flctl login {view.site} then")
+    if words := _too_many_logins(matter, site, view):
+        notes.append(words)
     if view.purge_days and want.seconds > view.purge_days * 86400:
         notes.append(
             f"the plan lasts {want.seconds / 86400:.0f} days or more, and files that nobody touches go after "
             f"{view.purge_days}"
         )
     return notes
+
+
+def _too_many_logins(matter: Matter, site: Site, view: Outlook) -> str:
+    """A warning if ticks would need more logins than the day's: at least one to submit, one at the start and one at the
+    end of each job, where jobs take their whole walltime one after the other."""
+    if not view.logins or site.login.attended or matter.models < 2:
+        return ""
+    rounds = min(matter.models, DAY / max(view.walltime, 1))
+    needed, most = round(rounds * CONTACTS * max(1, view.jobs)), site.login.per_day
+    if needed <= most:
+        return ""
+    return f"ticks would want {needed} logins a day and make {most} (login.per_day); a flctl round stays logged in"
 
 
 def _begun(matter: Matter, site: Site) -> float:
@@ -300,5 +316,7 @@ def line(view: Outlook) -> str:
 
 def brief(workspace: Workspace, configuration: Configuration, plan: Plan) -> list[str]:
     """What `round` and `campaign start` say before they begin: a line per site, of what is remembered of it."""
+    from flctl.campaign.space import too_small
+
     matter = Matter(workspace=workspace, configuration=configuration, plan=plan, now=time.time())
-    return [line(view) for view in forecast(matter, {})]
+    return [line(view) for view in forecast(matter, {})] + too_small(workspace, plan)

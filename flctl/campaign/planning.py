@@ -3,14 +3,16 @@
 import time
 from dataclasses import replace
 
-from flctl.campaign import budget, steps
+from flctl import faults
+from flctl.campaign import attempts, budget, driver, steps
 from flctl.campaign.config import Configuration, load_configuration, load_profile, whole_profile
 from flctl.campaign.engine import Engine
 from flctl.campaign.foresight import check_rule, foresee
 from flctl.campaign.report import failed_runs
 from flctl.campaign.workspace import Workspace
 from flctl.errors import ConfigurationError, FlctlError, Interrupted, Locked, LoginTooSoon, UsageError
-from flctl.records import Failure, Job, Plan, Run, Stage, Work, token_of
+from flctl.facility import allowance
+from flctl.records import Cause, Failure, Plan, Run, Stage, Work
 
 NO_SITES = "flctl site add NAME; flctl site list --available shows which there are"
 
@@ -36,7 +38,7 @@ def drafted(workspace: Workspace, sites: tuple[str, ...], rounds: int | None, st
     configuration, last = load_configuration(workspace), workspace.plan()
     first = workspace.newest_model().version + 1
     return Plan(
-        number=last.number + 1 if last else 1,
+        number=last.number + 1 if last else max((run.order.plan for run in workspace.runs()), default=1),
         sites=sites,
         first=first,
         target=first + (rounds or 1) - 1,
@@ -68,6 +70,7 @@ def check_least(configuration: Configuration, sites: int) -> None:
 
 def open_plan(workspace: Workspace, names: list[str], rounds: int | None, steps_: int | None) -> Plan:
     """The plan to work on: the open one, if the arguments do not contradict it, else a new one, written."""
+    driver.ours(workspace)
     with workspace.lock_campaign():
         current = workspace.plan()
         if current is not None and is_open(workspace, current):
@@ -76,7 +79,9 @@ def open_plan(workspace: Workspace, names: list[str], rounds: int | None, steps_
             foresee(workspace, load_configuration(workspace), current.sites, current.min_sites, left)
             return current
         plan = proposed(workspace, names, rounds, steps_)
+        faults.point("plan", str(plan.target))
         workspace.save_plan(plan)
+        faults.point("plan-recorded", str(plan.target))
         workspace.journal.append("plan", sites=list(plan.sites), first=plan.first, target=plan.target, steps=plan.steps)
         return plan
 
@@ -112,27 +117,18 @@ def affected(workspace: Workspace, site: str | None, what: str, runs: list[Run])
 
 
 def retry(engine: Engine, site: str | None) -> list[Run]:
-    """Open the next attempt of the failed runs: a new token, a new folder, a new job."""
+    """Open the next attempt of the failed runs, and of those that wait because their job was cancelled at its site."""
     workspace, opened = engine.workspace, []
-    for failed in affected(workspace, site, "failed and may be tried again", failed_runs(workspace)):
+    driver.ours(workspace)
+    waiting = [run for run in workspace.runs() if attempts.waits_for_a_person(run)]
+    for failed in affected(workspace, site, "failed and may be tried again", [*failed_runs(workspace), *waiting]):
         with workspace.lock_site(failed.site):
             run = workspace.run(failed.site, failed.number)
-            if run.stage != Stage.FAILED:
+            if run.stage != Stage.FAILED and not attempts.waits_for_a_person(run):
                 continue
-            attempt = run.attempt + 1
-            job = Job(token=token_of(workspace.id, run.site, run.number, attempt))
-            spent = budget.used_by(run, budget.default_rate(workspace, run))
-            fresh = replace(
-                run,
-                stage=Stage.ORDERED,
-                attempt=attempt,
-                job=job,
-                failure=None,
-                contribution=None,
-                skipped=False,
-                spent=spent,
-            )
+            fresh = attempts.opened(workspace, run, automatic=False)
             engine.record(run, fresh)
+        faults.point("retry-recorded", failed.site)
         with workspace.lock_campaign():
             _unskip(workspace, run)
         opened.append(fresh)
@@ -180,12 +176,14 @@ def skip(engine: Engine, site: str) -> tuple[int, FlctlError | None]:
         plan = workspace.plan() or plan
         if site not in plan.skips(version):
             workspace.save_plan(replace(plan, skipped=(*plan.skipped, (version, site))))
+            faults.point("skip-recorded", site)
             workspace.journal.append("skip", site=site, version=version)
     return version, trouble
 
 
 def open_targets(workspace: Workspace, site: str | None) -> list[Run]:
     """The open runs that `cancel` is about; none is an error only where a site is named."""
+    driver.ours(workspace)
     runs = [run for run in workspace.runs() if run.open]
     return runs if site is None else affected(workspace, site, "is under way", runs)
 
@@ -208,6 +206,7 @@ def end_plan(workspace: Workspace) -> None:
         plan, newest = workspace.plan(), workspace.newest_model().version
         if plan is not None and newest < plan.target:
             workspace.save_plan(replace(plan, target=newest))
+            faults.point("plan-end-recorded", str(newest))
             workspace.journal.append("plan ended", target=newest)
 
 
@@ -217,6 +216,10 @@ def _end(engine: Engine, run: Run, why: str, *, skipped: bool = False) -> Run:
     with workspace.lock_site(run.site) as lock:
         run = workspace.run(run.site, run.number)
         if run.open and run.stage not in (Stage.ORDERED, Stage.ENDED):
+            if not run.job.ending:
+                run = replace(run, job=replace(run.job, ending=why))
+                workspace.save_run(run)
+                faults.point("ending-recorded", run.site)
             steps.cancel(engine.access.session(load_profile(workspace, run.site), lock), run)
         return _closed(engine, run, why, skipped=skipped)
 
@@ -233,28 +236,35 @@ def _closed(engine: Engine, run: Run, why: str, *, skipped: bool) -> Run:
             engine.record(run, replace(run, skipped=True))
         return run
     hint = f"flctl retry {run.site} {run.order.work}s again"
-    failure = Failure(code="job_failed", exit_code=6, message=why, hint=hint)
+    failure = Failure(code="job_failed", exit_code=6, message=why, hint=hint, cause=Cause.CANCELLED_BY_US)
     closed = replace(run, stage=Stage.FAILED, failure=failure, skipped=skipped, held=None)
     engine.record(run, closed)
     return closed
 
 
 def release(workspace: Workspace, site: str | None) -> list[str]:
-    """Lift the holds of a site (or all): the next contact is tried at once."""
+    """Lift the holds of a site (or all): the next contact is tried at once. A run whose job was cancelled at its site
+    is not released: whether it is tried again is what a person has to say."""
     names = [site] if site else list(workspace.profiles)
-    released = []
+    released, left = list[str](), list[Run]()
     for name in names:
-        load_profile(workspace, name)
+        profile = load_profile(workspace, name)
         with workspace.lock_site(name):
-            contact = workspace.contact(name)
-            held = [run for run in workspace.runs(name) if run.held is not None]
-            if contact.held is None and not held and contact.trouble is None:
+            contact, lifted = workspace.contact(name), allowance.release(profile)
+            runs = [run for run in workspace.runs(name) if run.held is not None]
+            left += [run for run in runs if attempts.waits_for_a_person(run)]
+            held = [run for run in runs if not attempts.waits_for_a_person(run)]
+            if contact.held is None and not held and contact.trouble is None and not lifted:
                 continue
             workspace.save_contact(name, replace(contact, held=None, trouble=None, failures=0, due=0.0))
             for run in held:
                 workspace.save_run(replace(run, held=None, changed_at=time.time()))
+            faults.point("release-recorded", name)
             workspace.journal.append("release", site=name)
             released.append(name)
+    if not released and left:
+        first, why = left[0], attempts.why_held(left[0])
+        raise UsageError(f"{first.site}: run {first.number:04d} is not released: {why.message}", hint=why.hint)
     if not released:
         raise UsageError(f"{site} is not held" if site else "no site is held", hint="flctl status shows what waits")
     return released

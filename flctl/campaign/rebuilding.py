@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from flctl.campaign.collected import collected_on, said
 from flctl.campaign.merging import STATE, contribution_folder, recipe_of, sources_of, state_of, state_record
 from flctl.campaign.workspace import RESTORE, Workspace, fsync_folder, lock
 from flctl.errors import ConfigurationError, Interrupted, UsageError
@@ -24,7 +25,8 @@ class Rebuilt:
     """What a look back found. `differing` and `missing`: files and folders of the version and of all it was made from
     that are not what was recorded, or gone, by their paths in the campaign's folder; `remade`: files that came out
     otherwise when the version was made again, `rebuilt` whether it was (a first model is not made from anything, and
-    from changed files nothing can be proved). `files`, `bytes`: what was hashed."""
+    from changed files nothing can be proved); `collected`: the day on which gc took what it was made from. `files`,
+    `bytes`: what was hashed."""
 
     version: int
     sha256: str
@@ -37,6 +39,7 @@ class Rebuilt:
     files: int
     bytes: int
     seconds: float
+    collected: str = ""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -45,6 +48,7 @@ class Findings:
 
     differing: list[str] = field(default_factory=list)
     missing: list[str] = field(default_factory=list)
+    collected: str = ""
     files: int = 0
     bytes: int = 0
 
@@ -59,7 +63,7 @@ def rebuild(
     """Hash a model version (None: the newest) and all that it was made from against the records, make it again beside
     the others from its flctl.json, and compare. Nothing is changed; what was made goes away in every case."""
     began = time.monotonic()
-    version = known_version(workspace, version)
+    version = whole_version(workspace, version)
     record = workspace.model_record(version)
     told, stopped = progress or _silent, stop or _never
     own, given = Findings(), Findings()
@@ -68,7 +72,7 @@ def rebuild(
     _hash(workspace.root, [(entry, own) for entry in mine] + [(entry, given) for entry in theirs], told, stopped)
     if folder_sha256(_entries(record["files"])) != record["sha256"]:
         own.differing.append(_place(workspace, workspace.model_folder(version) / "flctl.json"))
-    possible = bool(record.get("contributions")) and given.clean
+    possible = bool(record.get("contributions")) and given.clean and not given.collected
     remade = _remade(workspace, version, record, told, stopped) if possible else ()
     return Rebuilt(
         version=version,
@@ -82,7 +86,19 @@ def rebuild(
         files=own.files + given.files,
         bytes=own.bytes + given.bytes,
         seconds=time.monotonic() - began,
+        collected=given.collected,
     )
+
+
+def whole_version(workspace: Workspace, version: int | None) -> int:
+    """The version itself, or the newest. UsageError if there is no such version, or if gc took its files."""
+    version = known_version(workspace, version)
+    if day := collected_on(workspace.model_folder(version)):
+        raise UsageError(
+            said(f"model {version:04d}", day),
+            hint="its record is kept; its files are where you copied them, if you did: flctl export before flctl gc",
+        )
+    return version
 
 
 def known_version(workspace: Workspace, version: int | None) -> int:
@@ -109,6 +125,9 @@ def _inputs(workspace: Workspace, record: Mapping[str, Any], found: Findings) ->
         its = workspace.model_record(base)
         if base == parent["version"] and its["sha256"] != parent["sha256"]:
             found.differing.append(_place(workspace, path))
+        if day := collected_on(path.parent):
+            found.collected = day
+            continue
         yield from _model_entries(workspace, base, its if base == parent["version"] else {**its, "state": None})
     for item in record["contributions"]:
         yield from _contribution_entries(workspace, item, found)
@@ -117,6 +136,9 @@ def _inputs(workspace: Workspace, record: Mapping[str, Any], found: Findings) ->
 def _contribution_entries(workspace: Workspace, item: Mapping[str, Any], found: Findings) -> list[FileEntry]:
     """The files of a contribution as its run's record lists them, if that is what the model was made from."""
     folder = contribution_folder(workspace, item)
+    if day := collected_on(folder.parent):
+        found.collected = day
+        return []
     if not folder.is_dir():
         found.missing.append(_place(workspace, folder))
         return []
@@ -191,7 +213,7 @@ def export(workspace: Workspace, version: int | None, out: Path) -> tuple[FileEn
     from flctl.model.draft import fresh_draft, translated
     from flctl.model.place import alone
 
-    version, out = known_version(workspace, version), out.absolute()
+    version, out = whole_version(workspace, version), out.absolute()
     if out.is_symlink() or (out.exists() and (not out.is_dir() or any(out.iterdir()))):
         raise ConfigurationError(
             f"{out} exists and is no empty folder; flctl export never overwrites", hint="name another folder"

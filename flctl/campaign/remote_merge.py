@@ -8,7 +8,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from flctl.campaign import gates
+from flctl import faults
+from flctl.campaign import chain, gates
 from flctl.campaign.config import Configuration, load_profile
 from flctl.campaign.contacts import failure_of
 from flctl.campaign.merge_files import asked_of, own_files, state_files, state_name
@@ -108,6 +109,7 @@ def proceed(
         return Decision(lacking=error.message)
     metrics = run.contribution.metrics if run.contribution else {}
     by = {"site": run.site, "number": run.number, **{key: metrics.get(key) for key in ("flctl", "torch")}}
+    by["records"] = chain.records_of(workspace, run)
     facts = {**settings_of(configuration), "privacy": None, "gates": seen, "made_by": by}
     publish(workspace, merge, given, made, seconds=float(metrics.get("seconds", 0)), **facts)
     return None
@@ -145,6 +147,7 @@ def adopted(workspace: Workspace, run: Run) -> "Made":
     except OSError as error:
         shutil.rmtree(draft, ignore_errors=True)
         raise translated(error, draft) from error
+    faults.point("merge-adopted", f"{run.order.round:04d}")
     return Made(files=own_files(files), state=read_state(draft / STATE), coefficients=coefficients)
 
 

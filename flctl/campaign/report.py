@@ -5,11 +5,13 @@ from contextlib import suppress
 from typing import Any
 
 from flctl.campaign.budget import standing, used_by
-from flctl.campaign.contacts import hold_of, outlives
+from flctl.campaign.causes import advice
+from flctl.campaign.contacts import clock_differs, hold_of, outlives
 from flctl.campaign.gates import warnings_of
 from flctl.campaign.privacy import shown
 from flctl.campaign.workspace import Workspace
 from flctl.errors import ConfigurationError
+from flctl.facility.allowance import used
 from flctl.facility.certificates import clock
 from flctl.facility.profile import load_site
 from flctl.records import Contact, Run, Stage, Work, to_data
@@ -34,6 +36,8 @@ def run_row(run: Run, contact: Contact) -> dict[str, Any]:
         "train_seconds": _between(job.started_at, job.ended_at),
         "estimated_start": job.expected_start if run.open else None,
         "node_hours": round(used_by(run), 6),
+        "progress": job.progress,
+        "attempts": to_data(run.past),
         "note": _note(run),
     }
 
@@ -50,6 +54,8 @@ def _note(run: Run) -> str:
     words = [run.job.state + (f": {run.job.reason}" if run.job.reason not in ("", "None") else "")]
     if run.job.never:
         words.append("can never run")
+    if run.job.progress:
+        words.append(f"step {run.job.progress} saved")
     if run.job.expected_start is not None:
         words.append(f"estimated start {clock(run.job.expected_start)}")
     return ", ".join(words)
@@ -77,19 +83,48 @@ def summary(workspace: Workspace, runs: tuple[Run, ...]) -> dict[str, Any]:
 
 
 def _logins(workspace: Workspace, site: str, runs: tuple[Run, ...]) -> dict[str, Any]:
-    """How often a site was logged in to for this campaign, when last, and until when what that used is good."""
+    """How often a site was logged in to for this campaign, when last, and until when what that used is good; how many
+    logins of all campaigns `today` counts (24 hours) and `per_day` allows; the clocks' difference in seconds."""
     contact, warning = workspace.contact(site), ""
-    if contact.login_until is not None:
-        with suppress(ConfigurationError):
-            its = [run for run in runs if run.site == site]
-            warning = outlives(contact, load_site(workspace.profiles[site]), its, time.time())
-    return {"count": contact.logins, "last": contact.login_at, "until": contact.login_until, "warning": warning}
+    today, per_day = 0, None
+    with suppress(ConfigurationError):
+        profile = load_site(workspace.profiles[site])
+        its = [run for run in runs if run.site == site]
+        warning = outlives(contact, profile, its, time.time())
+        if profile.connection == "ssh" and contact.logins:
+            today, per_day = used(profile), profile.login.per_day
+    return {
+        "count": contact.logins,
+        "today": today,
+        "per_day": per_day,
+        "last": contact.login_at,
+        "until": contact.login_until,
+        "skew": contact.skew,
+        "warning": "\n".join(filter(None, (warning, clock_differs(site, contact)))),
+    }
 
 
 def progress(workspace: Workspace, *, done: bool) -> dict[str, Any]:
     """The summary, whether the plan is fulfilled, and what is awaited at which site until when."""
     runs = workspace.runs()
     return summary(workspace, runs) | {"done": done, "waiting": waiting(workspace, runs)}
+
+
+def notices(run: Run) -> list[str]:
+    """What there is to say of an open run besides its row: why it waits for a person or for long, and what to do; why
+    an earlier attempt of it ended."""
+    if not run.open:
+        return []
+    lines, name = [], f"{run.site}: run {run.number:04d}"
+    if run.held is not None:
+        remedy = run.failure.hint if run.failure else f"flctl release {run.site}"
+        lines.append(f"{name} is HELD: {run.held.reason}\n  -> {remedy}")
+    elif words := advice(run.job, run.site):
+        lines.append(f"{name}, job {run.job.id}: {run.job.state}: {run.job.reason}\n  -> {words}")
+    if run.past:
+        last = run.past[-1]
+        lines.append(f"{name} is at attempt {run.attempt}; attempt {last.number} ended: {last.reason}")
+    return lines
 
 
 def waiting(workspace: Workspace, runs: tuple[Run, ...]) -> list[dict[str, Any]]:

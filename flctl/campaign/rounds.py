@@ -5,20 +5,29 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 
-from flctl.campaign.budget import held_by_budget
+from flctl.campaign.attempts import why_held
 from flctl.campaign.contacts import failure_of, hold_of, is_held, remedy_of
 from flctl.campaign.engine import Engine
 from flctl.campaign.planning import is_open
 from flctl.campaign.report import failed_runs
 from flctl.campaign.workspace import Workspace
-from flctl.errors import AggregationRefused, Interrupted, JobFailed, Locked, LoginNeeded, WaitElapsed, exit_code_of
+from flctl.errors import (
+    AggregationRefused,
+    Interrupted,
+    JobFailed,
+    Locked,
+    LoginNeeded,
+    LoginPaused,
+    WaitElapsed,
+    exit_code_of,
+)
 from flctl.policy import Decision
 from flctl.records import Contact, Failure, Plan, Run, Work
 
 UNREACHABLE_PATIENCE = 900.0
 """Seconds for which `round` goes on trying a site that it had reached before; ticks never give up."""
 TRANSFER_TRIES = 3
-FATAL = {"configuration", "host_key", "login_needed", "budget_refused", "internal"}
+FATAL = {"configuration", "host_key", "login_needed", "budget_refused", "locked", "internal"}
 LONGEST_PAUSE, WHILE_OTHERS_DECIDE = 5.0, 0.5
 """Seconds between two ticks at most; and while another flctl holds the campaign's lock."""
 
@@ -100,6 +109,8 @@ def _stuck(run: Run, contact: Contact) -> bool:
         return True
     if contact.trouble is None:
         return False
+    if contact.trouble.code == LoginPaused.code:
+        return False
     if contact.trouble.code in FATAL:
         return True
     if contact.trouble.code == "site_unreachable":
@@ -124,7 +135,7 @@ def _explain(engine: Engine, decision: Decision | None) -> Errors:
         if run.open and hold_of(contact) is not None:
             errors.append((run.site, _held(run.site, contact)))
         elif run.open and run.held is not None:
-            errors.append((run.site, held_by_budget(run)))
+            errors.append((run.site, why_held(run)))
         elif run.open and contact.trouble is not None:
             errors.append((run.site, contact.trouble))
     errors += [(site, failure) for site, failure in engine.errors if not site]
@@ -157,13 +168,15 @@ def _lacking(workspace: Workspace, decision: Decision | None) -> Errors:
 def tick_outcome(engine: Engine, decision: Decision | None) -> Outcome:
     """How one tick went: what newly went wrong in it decides the exit code; an idle one is no error."""
     workspace = engine.workspace
+    if engine.busy and not engine.worked:
+        return Outcome(done=False, errors=[("", failure_of(Locked("another flctl moves this campaign now")))])
     plan = workspace.plan()
     done = plan is None or not is_open(workspace, plan) or (decision is not None and decision.done)
     new = {site for site, _ in engine.errors}
     contacts = {run.site: workspace.contact(run.site) for run in workspace.runs() if run.open}
     held = [(site, _held(site, contact)) for site, contact in contacts.items() if hold_of(contact) and site not in new]
     waiting = [run for run in workspace.runs() if run.open and run.held and run.site not in new]
-    held += [(run.site, held_by_budget(run)) for run in waiting]
+    held += [(run.site, why_held(run)) for run in waiting]
     return Outcome(done=done, errors=_unique(engine.errors), notes=[*held, *_lacking(workspace, decision)])
 
 

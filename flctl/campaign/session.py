@@ -8,14 +8,17 @@ from hashlib import sha256
 from pathlib import Path, PurePosixPath
 from typing import Literal
 
+from flctl import faults
 from flctl.campaign import shipped
-from flctl.campaign.workspace import Workspace, fsync_folder
+from flctl.campaign.workspace import Workspace
+from flctl.durable import fsync_folders, make_folder
 from flctl.errors import ConfigurationError, TransferFailed
 from flctl.facility.connection import Connection
 from flctl.facility.profile import Site
 from flctl.facility.scheduler import Scheduler, scheduler_of
 from flctl.facility.shell import Answer, Program, quote
 from flctl.records import FileEntry
+from flctl.words import printable
 
 VARIABLE = re.compile(r"\$(?:\{([A-Za-z_]\w*)\}|([A-Za-z_]\w*))")
 HASHING_RATE = 20e6
@@ -113,6 +116,7 @@ class Session:
         total = sum(entry.size for entry in files)
         for entry in files:
             self._journal("out", f"{self._named(target)}/{entry.path}", entry)
+        faults.point("push", self._named(target))
         self.connection.push(
             source,
             [entry.path for entry in files],
@@ -136,27 +140,35 @@ class Session:
             f"test ! -e {quote(target)} || {old} || exit 1\n"
             f"mv {quote(part)} {quote(target)} && rm -rf {quote(part)}.old.*"
         )
+        faults.point("pushed", self._named(target))
         answer = self.ask({"place": command}, timeout=60 + total / HASHING_RATE)["place"]
         if answer.status != 0:
             raise TransferFailed(
                 f"{target} could not be put in place: "
                 + (
-                    "a file's sha256 differs there" if answer.status == 46 else clean(answer.stderr) or "unknown reason"
+                    "a file's sha256 differs there"
+                    if answer.status == 46
+                    else printable(answer.stderr) or "unknown reason"
                 ),
                 hint="it is pushed again at the next contact; see the site's free space and quota",
                 site=self.site.name,
             )
+        faults.point("placed", self._named(target))
 
     def bring(self, source: PurePosixPath, files: Sequence[FileEntry], target: Path) -> None:
         """Copy exactly these files of a site's folder into a local one, each verified by size and sha256."""
         total = sum(entry.size for entry in files)
-        for entry in files:
-            self._journal("in", f"{source.relative_to(self.root)}/{entry.path}", entry)
-        target.mkdir(mode=0o700, parents=True, exist_ok=True)
+        if target.is_symlink():
+            target.unlink()
+        make_folder(target)
         missing = [entry for entry in files if not _same(target / entry.path, entry)]
+        for entry in missing:
+            self._journal("in", f"{source.relative_to(self.root)}/{entry.path}", entry)
+        faults.point("pull", str(source.relative_to(self.root)))
         self.connection.pull(
             source, missing, target, progress=lambda done: self.report("fetching", total and done, total)
         )
+        faults.point("pulled", str(source.relative_to(self.root)))
         for entry in missing:
             path = target / entry.path
             if not _same(path, entry):
@@ -166,7 +178,8 @@ class Session:
                     hint="it is fetched again at the next contact",
                     site=self.site.name,
                 )
-        fsync_folder(target)
+        fsync_folders(target)
+        faults.point("brought", str(source.relative_to(self.root)))
 
     def note_read(self, path: PurePosixPath, content: str) -> None:
         """Journal a record that came back as a command's answer rather than by rsync."""
@@ -253,19 +266,13 @@ def _expand(path: str, found: Mapping[str, str], site: Site) -> str:
         return found[name]
 
     text = VARIABLE.sub(value, re.sub(r"^~(?=/|$)", "$HOME", path))
-    if not text.startswith("/") or clean(text) != text:
+    if not text.startswith("/") or printable(text, 4096) != text:
         raise ConfigurationError(
             f"sites/{site.name}.toml: {path!r} is {text!r} there, not an absolute path",
             hint="paths at a site are absolute, or begin with one of its variables",
             site=site.name,
         )
     return text.rstrip("/")
-
-
-def clean(text: str) -> str:
-    """Words of a site as one printable line of at most 500 characters; escape sequences are removed."""
-    text = re.sub(r"\x1b\[[0-?]*[ -/]*[@-~]|\x1b\][^\x07]*\x07", "", text)
-    return " ".join("".join(c if c.isprintable() else " " for c in text).split())[:500]
 
 
 def _same(path: Path, entry: FileEntry) -> bool:

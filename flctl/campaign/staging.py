@@ -14,11 +14,12 @@ from pathlib import Path, PurePosixPath
 
 from flctl.campaign.config import whole_profile
 from flctl.campaign.engine import Engine
-from flctl.campaign.session import HASHING_RATE, Session, clean
+from flctl.campaign.session import HASHING_RATE, Session
 from flctl.errors import BudgetRefused, ConfigurationError, Interrupted, LoginTooSoon, TransferFailed, UsageError
 from flctl.facility.probe import space_left
 from flctl.facility.shell import quote
 from flctl.records import FileEntry, from_data
+from flctl.words import printable
 
 FOLDER = "staged"
 MOST_FILES = 2000
@@ -146,7 +147,7 @@ def _look(session: Session, items: Sequence[Item]) -> dict[PurePosixPath, bool |
         answer = answers[f"i{index}"]
         if answer.status not in states:
             raise TransferFailed(
-                f"{item.target} cannot be looked at: {clean(answer.stderr)}",
+                f"{item.target} cannot be looked at: {printable(answer.stderr)}",
                 hint="see the site's work folder",
                 site=session.site.name,
             )
@@ -191,7 +192,7 @@ def _name(session: Session, item: Item) -> None:
     answer = session.ask({"name": command})["name"]
     if answer.status != 0:
         raise TransferFailed(
-            f"{item.target} could not be put in place: {clean(answer.stderr) or 'unknown reason'}",
+            f"{item.target} could not be put in place: {printable(answer.stderr) or 'unknown reason'}",
             hint="the same command goes on from here",
             site=session.site.name,
         )

@@ -12,6 +12,7 @@ from flctl.campaign.batch_side import try_batch
 from flctl.campaign.config import load_configuration, load_profile, whole_profile
 from flctl.campaign.contacts import failure_of, is_held
 from flctl.campaign.engine import Engine
+from flctl.campaign.etiquette import may_ask
 from flctl.campaign.outlook import want_of
 from flctl.campaign.rehearsal import script_of
 from flctl.campaign.session import Session
@@ -20,11 +21,12 @@ from flctl.errors import ConfigurationError, FlctlError, Interrupted, LoginNeede
 from flctl.facility import limits
 from flctl.facility.certificates import clock
 from flctl.facility.findings import verdicts
-from flctl.facility.openssh import login_place, printable, transfer_place
-from flctl.facility.probe import PATIENCE, Check, around, noise, questions, space_left
+from flctl.facility.openssh import login_place, transfer_place
+from flctl.facility.probe import PATIENCE, QUERIES, Check, around, noise, questions, space_left
 from flctl.facility.profile import Site
 from flctl.facility.shell import Answer, Program, quote
 from flctl.records import Failure, FileEntry
+from flctl.words import printable
 
 PROBE_TIMEOUT = 10.0 * PATIENCE
 """Seconds for all questions together; each has a limit of its own."""
@@ -101,6 +103,9 @@ def _within(session: Session, scratch: Path) -> list[Check]:
     equipped, checks = _equipped(session), list[Check]()
     work, data, script = str(session.root), session.data, _script(session, checks)
     asked = questions(site, session.scheduler, work=work, data=data, script=script)
+    queries = QUERIES & asked.keys()
+    if not may_ask(session, len(queries)):
+        asked = {name: command for name, command in asked.items() if name not in queries}
     program, began = Program.of(asked), time.time()
     output = session.connection.run(program.script, timeout=PROBE_TIMEOUT)
     answers = program.answers(output.stdout, asked, site=site.name)

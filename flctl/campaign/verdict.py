@@ -1,43 +1,54 @@
 """The verdict on one attempt: a pure function of what the three witnesses say.
 
 The completion record done.json is the only proof of success; the owner says whether the attempt ever started; the
-scheduler says what is still under way, and explains failures. A query that failed changes nothing, absence is not
-completion, and an end without a record counts only when seen twice, at least `absence` seconds apart; so does the
-scheduler's word that a job can never run.
+scheduler says what is still under way, and explains failures (causes.py). A query that failed changes nothing, absence
+is not completion, and an end without a record of success counts only when seen twice, at least `absence` seconds apart;
+so does the scheduler's word that a job can never run, or that one waits which had started.
 
 A job's `elapsed` is the scheduler's count. Where it forgot the job before it told, the completion record's start and
 end (the site's clock) are counted instead, and with neither the time from its start to the first look without it.
 """
 
+import re
 from dataclasses import dataclass, replace
 from typing import Any
 
+from flctl.campaign.causes import cause_of, cause_with_record, is_over, unexplained
+from flctl.campaign.testimony import numbers_only
 from flctl.facility.scheduler import Activity, Seen
-from flctl.records import Contribution, Failure, FileEntry, Job, Run, Stage, Work
+from flctl.records import Cause, Contribution, Failure, FileEntry, Held, Job, Run, Stage, Work
 
 RECORD_SCHEMA = 1
+SKEW = 300.0
+"""Seconds by which the clocks of a scheduler and a login host may differ: munge, which lets them talk, allows no more
+(its credentials live for so long)."""
+NOT_LAUNCHED = re.compile(r"launch failed requeued held|JobLaunchFailure")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Evidence:
     """One look at an attempt. `seen` is None when the scheduler's query failed; `owner` and `done` are the parsed
-    records or None; `job_id` what the submission left; `base_sha256` is that of
-    the model the run was ordered to start from; `claim_age` is in seconds of the site's clock."""
+    records or None; `job_id` what the submission left, with the `cluster` if it names one; `base_sha256` is that of
+    the model the run was ordered to start from; `claim_age` is in seconds of the site's clock; `progress`: optimizer
+    steps in the program's own checkpoint."""
 
     seen: tuple[Seen, ...] | None
     job_id: str | None = None
+    cluster: str = ""
     refusal: str | None = None
     base_sha256: str = ""
     claim_age: float | None = None
     claimed_at: float | None = None
     owner: dict[str, Any] | None = None
     done: dict[str, Any] | None = None
+    progress: int | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Verdict:
     """What the evidence says. `revoke`: before anything is concluded, take the attempt's `owner`; nothing else may
-    start it then. `refusal`: the words with which the scheduler did not take the job."""
+    start it then. `refusal`: the words with which the scheduler did not take the job. `held`: the run stays open, and
+    waits for a person because of the `failure`."""
 
     stage: Stage
     job: Job
@@ -45,16 +56,19 @@ class Verdict:
     failure: Failure | None = None
     revoke: bool = False
     refusal: str = ""
+    held: Held | None = None
 
 
 def judge(run: Run, evidence: Evidence, *, now: float, absence: float, window: float) -> Verdict:
     """`now`: Unix seconds of the orchestrator's clock; `absence` and `window` in seconds."""
     seen = _of_this_attempt(run, evidence)
     job = _known(run.job, evidence, seen)
-    if evidence.done is not None and _is_ours(run, evidence.done):
+    if job.ending:
+        return Verdict(stage=run.stage, job=job, revoke=True)
+    if evidence.done is not None and _is_ours(run, evidence.done) and not _doubted(evidence.done):
         ended = seen if seen is not None and seen.activity == Activity.ENDED else None
         return _sealed(run, job, evidence.done, evidence.base_sha256, ended=ended)
-    if _revoked(evidence.owner):
+    if _revoked(evidence.owner) or job.revoked:
         return Verdict(stage=run.stage, job=job, revoke=True)
     if _refused(evidence, seen):
         return Verdict(stage=run.stage, job=job, revoke=True, refusal=evidence.refusal or "")
@@ -65,6 +79,11 @@ def judge(run: Run, evidence: Evidence, *, now: float, absence: float, window: f
     return _gone(run, evidence, job, seen, now=now, absence=absence, window=window)
 
 
+def _doubted(done: dict[str, Any]) -> bool:
+    """Whether the record speaks of an end that only the scheduler can explain."""
+    return done.get("outcome") != "done" and unexplained(done)
+
+
 def _refused(evidence: Evidence, seen: Seen | None) -> bool:
     """Whether the scheduler definitely did not take the job. Slurm may list a job that it refused as FAILED."""
     unseen = seen is None or seen.activity == Activity.ENDED
@@ -72,12 +91,15 @@ def _refused(evidence: Evidence, seen: Seen | None) -> bool:
 
 
 def _alive(evidence: Evidence, job: Job, seen: Seen, *, now: float, absence: float) -> Verdict:
-    """The job waits or runs, or waits for what will never be."""
-    waits = seen.activity == Activity.WAITING and evidence.owner is None
-    hopeless_since = (job.never_at or now) if waits and seen.never else None
-    job = replace(job, absent_at=None, never=seen.never if waits else "", never_at=hopeless_since)
-    stage = Stage.QUEUED if waits else Stage.RUNNING
-    return Verdict(stage=stage, job=job, revoke=hopeless_since is not None and now - hopeless_since >= absence)
+    """The job waits or runs, or waits for what will never be: a job that started once finds the attempt taken, should
+    the scheduler start it again (a requeue), and one that could not be launched may be half there."""
+    waits, started = seen.activity == Activity.WAITING, evidence.owner is not None
+    again_since = (job.again_at or now) if waits and (started or NOT_LAUNCHED.search(seen.reason)) else None
+    never = seen.never if waits and not started else ""
+    never_since = (job.never_at or now) if never else None
+    job = replace(job, absent_at=None, never=never, never_at=never_since, again_at=again_since)
+    hopeless = any(since is not None and now - since >= absence for since in (again_since, never_since))
+    return Verdict(stage=Stage.QUEUED if waits and not started else Stage.RUNNING, job=job, revoke=hopeless)
 
 
 def _gone(
@@ -88,7 +110,7 @@ def _gone(
     if job.absent_at is None:
         if seen is None and job.started_at is not None:
             job = replace(job, elapsed=max(job.elapsed or 0.0, now - job.started_at))
-        return Verdict(stage=stage, job=replace(job, absent_at=now, never="", never_at=None))
+        return Verdict(stage=stage, job=replace(job, absent_at=now, never="", never_at=None, again_at=None))
     if now - job.absent_at < absence:
         return Verdict(stage=stage, job=job)
     never_seen = seen is None and evidence.owner is None
@@ -108,36 +130,79 @@ def after_revoking(
 ) -> Verdict:
     """What stands once `owner` can no longer change hands: a record after all, a job that died, or one that can
     never start. `said`: what the submission left on stderr."""
-    if done is not None and _is_ours(run, done):
-        return _sealed(run, job, done, base_sha256)
+    site = run.site
+    if job.ending:
+        return _failed(run, job, Cause.CANCELLED_BY_US, job.ending, hint=f"flctl retry {site} tries again")
+    again = job.again_at is not None
+    if done is not None and _is_ours(run, done) and not (again and _doubted(done)):
+        return _sealed(run, job, done, base_sha256, final=True)
     words = f"; the scheduler said {_words(job.state, job.reason)}" if job.state else ""
+    if again:
+        what = "waited again after it had started" if not _revoked(owner) else "could not be launched"
+        return _failed(run, job, Cause.INFRASTRUCTURE, f"job {job.id} {what}{words}", hint=f"flctl retry {site}")
+    over = is_over(job, job.absent_at)
+    cause = cause_of(job.state, job.reason, over=over)
     if not _revoked(owner):
         message = f"job {job.id} ended without a record (killed, time limit or node loss){words}"
-        return _failed(run, job, message, hint=f"see flctl log {run.site}, then flctl retry {run.site}")
+        cause = cause or (Cause.TIME if over else Cause.LOST)
+        return _ended(run, job, cause, message, hint=f"see flctl log {site}, then flctl retry {site}")
+    hint = f"correct sites/{site}.toml, then flctl retry {site}"
     if refusal:
-        hint = f"correct sites/{run.site}.toml, then flctl retry {run.site}"
-        return _failed(run, job, f"the scheduler refused the job: {refusal}", hint=hint)
+        return _failed(run, job, Cause.REFUSED, f"the scheduler refused the job: {refusal}", hint=hint)
     if job.never:
-        hint = f"correct sites/{run.site}.toml, then flctl retry {run.site}"
-        return _failed(run, job, f"the scheduler says that job {job.id} can never run: {job.never}", hint=hint)
+        message = f"the scheduler says that job {job.id} can never run: {job.never}"
+        return _failed(run, job, Cause.REFUSED, message, hint=hint)
     if job.id is None:
         message = f"the job was never accepted by the scheduler{f': {said}' if said else ''}"
-        return _failed(run, job, message, hint=f"flctl retry {run.site}")
-    return _failed(run, job, f"job {job.id} ended before it started{words}", hint=f"flctl retry {run.site}")
+        return _failed(run, job, Cause.LOST, message, hint=f"flctl retry {site}")
+    message = f"job {job.id} ended before it started{words}"
+    return _ended(run, job, cause or Cause.LOST, message, hint=f"flctl retry {site}")
+
+
+def _ended(run: Run, job: Job, cause: Cause, message: str, *, hint: str) -> Verdict:
+    """How an ended attempt is taken. Where somebody else cancelled the job, the run stays open: it was meant, so no new
+    one is sent without a person's word."""
+    if cause == Cause.CONFIGURATION:
+        message += (
+            f": its folder or log could not be used there (quota, permissions?), or sites/{run.site}.toml is wrong"
+        )
+    if cause == Cause.MEMORY:
+        message += "; most likely out of memory"
+        hint = f"more memory or less per step in sites/{run.site}.toml, then flctl retry {run.site}"
+    if cause == Cause.CANCELLED_BY_OTHER and job.revoked:
+        cause = Cause.LOST  # that was our own scancel: a kill came between it and its record
+    if cause != Cause.CANCELLED_BY_OTHER:
+        return _failed(run, job, cause, message, hint=hint)
+    who = "" if job.cancelled_by is None else f" by uid {job.cancelled_by}"
+    reason = f"job {job.id} was cancelled at the site{who}, not by flctl ({message})"
+    hint = f"ask why, then flctl retry {run.site} or flctl skip {run.site}"
+    failure = Failure(code="job_failed", exit_code=6, message=reason, hint=hint, cause=cause)
+    moment = job.ended_at or job.absent_at or run.changed_at
+    job = replace(job, ended_at=moment)
+    return Verdict(stage=run.stage, job=job, failure=failure, held=Held(reason=reason, since=moment))
 
 
 def _words(state: str, reason: str) -> str:
     return f"{state}: {reason}" if reason else state
 
 
-def _failed(run: Run, job: Job, message: str, *, hint: str) -> Verdict:
-    failure = Failure(code="job_failed", exit_code=6, message=message, hint=hint)
+def _failed(run: Run, job: Job, cause: Cause, message: str, *, hint: str) -> Verdict:
+    failure = Failure(code="job_failed", exit_code=6, message=message, hint=hint, cause=cause)
     return Verdict(stage=Stage.FAILED, job=job, failure=failure)
 
 
 def _of_this_attempt(run: Run, evidence: Evidence) -> Seen | None:
-    """The job among those of this name that matters: the owner's, else one that lives, else the last."""
-    jobs = [seen for seen in evidence.seen or () if seen.name == run.job.token]
+    """The job among those of this name that matters: the owner's, else one that lives, else the last. One of another
+    cluster, or submitted before the attempt was claimed, only has the name; ids begin again where a controller lost its
+    state, so an id alone says nothing."""
+    claimed, cluster = evidence.claimed_at or run.job.claimed_at, evidence.cluster or run.job.cluster
+    jobs = [
+        seen
+        for seen in evidence.seen or ()
+        if seen.name == run.job.token
+        and (not seen.cluster or not cluster or seen.cluster == cluster)
+        and (seen.submitted_at is None or claimed is None or seen.submitted_at >= claimed - SKEW)
+    ]
     owner_id = (evidence.owner or {}).get("job_id")
     jobs.sort(key=lambda seen: (seen.id == owner_id, seen.activity != Activity.ENDED, seen.submitted_at or 0.0))
     return jobs[-1] if jobs else None
@@ -150,18 +215,24 @@ def _known(job: Job, evidence: Evidence, seen: Seen | None) -> Job:
     job = replace(
         job,
         id=owner_id or evidence.job_id or (seen and seen.id) or job.id,
+        cluster=evidence.cluster or job.cluster,
         claimed_at=evidence.claimed_at or job.claimed_at,
         started_at=_moment(owner.get("time")) or job.started_at,
+        progress=job.progress if evidence.progress is None else evidence.progress,
     )
     if seen is None:
         return job
+    ended = seen.activity == Activity.ENDED
     return replace(
         job,
         state=seen.state,
         reason=seen.reason,
+        cluster=seen.cluster or job.cluster,
+        submitted_at=seen.submitted_at or job.submitted_at,
         expected_start=seen.expected_start,
-        expected_end=seen.expected_end,
+        expected_end=job.expected_end if ended else seen.expected_end,
         elapsed=job.elapsed if seen.elapsed is None else seen.elapsed,
+        cancelled_by=job.cancelled_by if seen.cancelled_by is None else seen.cancelled_by,
     )
 
 
@@ -195,27 +266,34 @@ def _is_ours(run: Run, done: dict[str, Any]) -> bool:
     )
 
 
-def _sealed(run: Run, job: Job, done: dict[str, Any], base_sha256: str, *, ended: Seen | None = None) -> Verdict:
-    """The record speaks: done, or failed with its reason. `ended`: the job's end as the scheduler shows it."""
+def _sealed(
+    run: Run, job: Job, done: dict[str, Any], base_sha256: str, *, ended: Seen | None = None, final: bool = False
+) -> Verdict:
+    """The record speaks: done, or failed with its reason. `ended`: the job's end as the scheduler shows it; `final`:
+    what the scheduler said before is its last word."""
     try:
         began, finished = _moment(done["started_at"]), _moment(done["ended_at"])
         if began is None or finished is None:
             raise ValueError("its times are no times")
-        job = replace(job, id=str(done["job_id"] or job.id or ""), started_at=began, ended_at=finished)
+        elapsed = job.elapsed
         if ended is None or ended.elapsed is None:
             known = (job.absent_at is None and job.elapsed) or 0.0
-            job = replace(job, elapsed=max(known, finished - began))
-        if done["outcome"] != "done":
-            told = ended is not None and ended.state != "COMPLETED"
-            words = f" (scheduler: {_words(job.state, job.reason)})" if told else ""
-            hint = f"see flctl log {run.site}, then flctl retry {run.site}"
-            return _failed(run, job, f"{done['reason'] or 'the job failed'}{words}", hint=hint)
-        return Verdict(stage=Stage.ENDED, job=job, contribution=_contribution(run, done, base_sha256))
+            elapsed = max(known, finished - began)
+        job = replace(job, id=str(done["job_id"] or job.id or ""), started_at=began, ended_at=finished, elapsed=elapsed)
+        if done["outcome"] == "done":
+            return Verdict(stage=Stage.ENDED, job=job, contribution=contribution_of(run, done, base_sha256))
+        over, last = is_over(job, finished), ended is not None or final
+        told = cause_of(job.state, job.reason, over=over) if last else None
+        cause = cause_with_record(done, told, over=over)
+        words = f" (scheduler: {_words(job.state, job.reason)})" if told and job.state != "COMPLETED" else ""
+        hint = f"see flctl log {run.site}, then flctl retry {run.site}"
+        return _ended(run, job, cause, f"{done['reason'] or 'the job failed'}{words}", hint=hint)
     except (KeyError, TypeError, ValueError) as error:
-        return _failed(run, job, f"the completion record is not valid: {error!r}", hint=f"flctl retry {run.site}")
+        message = f"the completion record is not valid: {error!r}"
+        return _failed(run, job, Cause.PROGRAM, message, hint=f"flctl retry {run.site}")
 
 
-def _contribution(run: Run, done: dict[str, Any], base_sha256: str) -> Contribution:
+def contribution_of(run: Run, done: dict[str, Any], base_sha256: str) -> Contribution:
     """The part of a valid record that matters at home. ValueError says what is wrong with it."""
     base = done["base"]
     if base["version"] != run.order.base or base["sha256"] != base_sha256:
@@ -231,4 +309,4 @@ def _contribution(run: Run, done: dict[str, Any], base_sha256: str) -> Contribut
     metrics = done["metrics"]
     if not isinstance(metrics, dict):
         raise ValueError("metrics is no table")
-    return Contribution(sha256="", files=files, metrics=metrics, **counts)
+    return Contribution(sha256="", files=files, metrics=numbers_only(metrics), **counts)

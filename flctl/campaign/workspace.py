@@ -1,24 +1,30 @@
 """Owns the campaign folder: paths, locks, atomic records. Records are the truth; nothing is kept in memory."""
 
+import errno
 import fcntl
 import json
 import os
-import threading
+import stat
 import time
 import tomllib
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
 from flctl.campaign.journal import Journal, unwritable
-from flctl.errors import ConfigurationError, Locked
-from flctl.records import Contact, Model, Plan, Run, from_data, to_data
+from flctl.durable import fsync_folder, make_folder, read_plain, write_whole
+from flctl.errors import BudgetRefused, ConfigurationError, Locked
+from flctl.records import SCHEMA, Contact, Driver, Model, Plan, Run, from_data, sealed, to_data, unsealed
+
+__all__ = ["Workspace", "fsync_folder", "lock", "read_toml", "write_atomic", "write_json"]
 
 Record = TypeVar("Record")
 
 LOCK_PATIENCE = 5.0
-RESTORE = "restore it from a backup of the campaign's folder; what the sites know is adopted from there"
+RESTORE = "restore it from a backup of the campaign's folder, or rebuild the folder from the sites: flctl adopt --help"
+ROOM, ROOM_FILES = 1 << 20, 32
+"""Bytes and files that must be free at home before anything is asked of a site: its records have to be written."""
 
 
 class Workspace:
@@ -26,6 +32,7 @@ class Workspace:
 
     def __init__(self, root: Path) -> None:
         self.root = root
+        _check_private(root)
         self.journal = Journal(root / "journal.jsonl")
         table = read_toml(root / "flctl.toml").get("campaign", {})
         self.name, self.id = str(table.get("name", "")), str(table.get("id", ""))
@@ -76,6 +83,21 @@ class Workspace:
     def profiles(self) -> dict[str, Path]:
         return {path.stem: path for path in sorted((self.root / "sites").glob("*.toml"))}
 
+    def check_room(self) -> None:
+        """BudgetRefused or ConfigurationError if records cannot be written: asked before a step with effects at a site."""
+        path = self.root / "runs"
+        try:
+            system = os.statvfs(self.root)
+        except OSError as error:
+            raise unwritable(path, error) from error
+        if system.f_flag & os.ST_RDONLY:
+            raise unwritable(path, OSError(errno.EROFS, os.strerror(errno.EROFS)))
+        # Some network file systems tell nothing: 0 blocks, 0 files.
+        full = system.f_blocks and system.f_bavail * system.f_frsize < ROOM
+        if full or (system.f_files and system.f_favail < ROOM_FILES):
+            what = "less than 1 MiB is free" if full else "hardly a file can be made there any more (inodes)"
+            raise BudgetRefused(f"{path}: {what}", hint="make room; the same command goes on from here")
+
     # Locks
 
     @contextmanager
@@ -109,6 +131,13 @@ class Workspace:
     def save_contact(self, site: str, contact: Contact) -> None:
         write_json(self.site_folder(site) / "contact.json", to_data(contact))
 
+    def driver(self) -> Driver | None:
+        path = self.root / "driver.json"
+        return _load(Driver, path) if path.exists() else None
+
+    def save_driver(self, driver: Driver) -> None:
+        write_json(self.root / "driver.json", to_data(driver))
+
     def plan(self) -> Plan | None:
         path = self.root / "plan.json"
         return _load(Plan, path) if path.exists() else None
@@ -118,8 +147,8 @@ class Workspace:
 
     def model_record(self, version: int) -> dict[str, Any]:
         """flctl.json of one model version, as data."""
-        record = _read_json(self.model_folder(version) / "flctl.json")
-        if not isinstance(record, dict) or not {"sha256", "files"} <= record.keys():
+        record = read_record(self.model_folder(version) / "flctl.json")
+        if not {"sha256", "files"} <= record.keys():
             raise ConfigurationError(f"{self.model_folder(version) / 'flctl.json'} is damaged: it names no files")
         return record
 
@@ -129,6 +158,9 @@ class Workspace:
             int(path.parent.name) for path in (self.root / "models").glob("*/flctl.json") if path.parent.name.isdigit()
         )
         return tuple(self._model(version) for version in versions)
+
+    def has_model(self, version: int) -> bool:
+        return (self.model_folder(version) / "flctl.json").is_file()
 
     def newest_model(self) -> Model:
         models = self.models()
@@ -154,8 +186,8 @@ def lock(path: Path, what: str, patience: float) -> Iterator[int]:
     """An exclusive flock on `path`, waited for at most `patience` seconds; Locked after that. The kernel ends it with
     the last process that holds the descriptor, so no lock is ever stale."""
     try:
-        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
+        make_folder(path.parent)
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
     except OSError as error:
         raise unwritable(path, error) from error
     deadline = time.monotonic() + patience
@@ -177,39 +209,16 @@ def lock(path: Path, what: str, patience: float) -> Iterator[int]:
 
 
 def write_atomic(path: Path, content: bytes) -> None:
-    """The whole content or the old one, whatever happens: temporary name, fsync, rename, fsync of the folder."""
-    draft = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}")
+    """The whole content or the old one, whatever happens; for good when this returns."""
     try:
-        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        with draft.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        draft.rename(path)
-        fsync_folder(path.parent)
+        write_whole(path, content)
     except OSError as error:
-        _remove(draft)
         raise unwritable(path, error) from error
-    except BaseException:
-        _remove(draft)
-        raise
 
 
-def _remove(draft: Path) -> None:
-    with suppress(OSError):
-        draft.unlink(missing_ok=True)
-
-
-def write_json(path: Path, data: Any) -> None:
-    write_atomic(path, (json.dumps(data, indent=1, ensure_ascii=False) + "\n").encode())
-
-
-def fsync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+def write_json(path: Path, data: Mapping[str, Any]) -> None:
+    """A record, with its schema and its checksum."""
+    write_atomic(path, (json.dumps(sealed(data), indent=1, ensure_ascii=False) + "\n").encode())
 
 
 def read_toml(path: Path) -> dict[str, Any]:
@@ -222,18 +231,43 @@ def read_toml(path: Path) -> dict[str, Any]:
         raise ConfigurationError(f"{path}: {error}", hint=f"correct {path}") from error
 
 
-def _read_json(path: Path) -> Any:
+def read_record(path: Path) -> dict[str, Any]:
+    """A record's data without its checksum. ConfigurationError if it is damaged, if it is a link, or if a newer flctl
+    wrote it."""
     try:
-        return json.loads(path.read_bytes())
+        data = json.loads(read_plain(path))
     except OSError as error:
         raise ConfigurationError(f"{path}: {error.strerror}") from error
     except ValueError as error:
         raise ConfigurationError(f"{path} is damaged: {error}", hint=RESTORE) from error
+    try:
+        record = unsealed(data)
+    except ValueError as error:
+        raise ConfigurationError(f"{path} is damaged: {error}", hint=RESTORE) from error
+    if record.get("schema", 1) not in range(1, SCHEMA + 1):
+        raise ConfigurationError(
+            f"{path} was written by a newer flctl: its schema is {record['schema']!r}, this one knows up to {SCHEMA}",
+            hint="nothing was changed; go on with that flctl, or a newer one: pip install --upgrade flctl",
+        )
+    return record
 
 
 def _load(kind: type[Record], path: Path) -> Record:
+    record = read_record(path)
     try:
-        record: Record = from_data(kind, _read_json(path))
+        value: Record = from_data(kind, record)
     except ValueError as error:
         raise ConfigurationError(f"{path} is damaged: {error}", hint=RESTORE) from error
-    return record
+    return value
+
+
+def _check_private(root: Path) -> None:
+    """ConfigurationError if somebody else may change the campaign: they could make flctl do anything in our name."""
+    try:
+        found = root.stat()
+    except OSError as error:
+        raise ConfigurationError(f"{root}: {error.strerror}") from error
+    if found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+        raise ConfigurationError(f"{root} may be changed by other users", hint=f"chmod go-w {root}")
+    if found.st_uid not in (os.geteuid(), 0) and os.geteuid() != 0:
+        raise ConfigurationError(f"{root} belongs to another user", hint="work on a campaign of your own")

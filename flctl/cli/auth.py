@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TextIO
 import typer
 
 from flctl.cli.moving import a_person, find, moving, patiently
-from flctl.cli.output import print_failures, print_json
+from flctl.cli.output import print_failures, print_json, say
 from flctl.errors import UsageError
 
 if TYPE_CHECKING:
@@ -37,7 +37,8 @@ def test(
     """Log in once and show how it went: the host's key, what was offered, asked and answered (masked)."""
     from flctl.campaign.credentials import try_login
 
-    with moving(find(context.obj), command="auth test" if json else "", terminal=a_person()) as engine:
+    tell = partial(say, stream=sys.stderr)
+    with moving(find(context.obj), tell, "auth test" if json else "", terminal=a_person()) as engine:
         result = patiently(partial(try_login, engine, name), engine.stop)
     errors = [(name, result.failure)] if result.failure else []
     code = result.failure.exit_code if result.failure else 0

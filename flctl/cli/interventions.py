@@ -20,7 +20,7 @@ def register(app: typer.Typer) -> None:
 
 
 def retry(context: typer.Context, site: Site = None) -> None:
-    """Open the next attempt of a failed run. `flctl round` or the next tick then moves it."""
+    """Try again what failed, or whose job was cancelled at its site. `flctl round` or the next tick then moves it."""
     from flctl.campaign import planning
 
     workspace = find(context.obj)
@@ -74,7 +74,7 @@ def cancel(context: typer.Context, site: Site = None) -> None:
 
 
 def release(context: typer.Context, site: Site = None) -> None:
-    """Lift a hold: the site is contacted again at the next round or tick."""
+    """Lift a hold: the site is contacted again at the next round or tick. After a foreign scancel: retry or skip."""
     from flctl.campaign import planning
 
     for name in planning.release(find(context.obj), site):

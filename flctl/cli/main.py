@@ -12,11 +12,14 @@ import typer
 
 from flctl import __version__
 from flctl.cli import (
+    adopt,
     aggregate,
+    audit,
     auth,
     campaign,
     demo,
     export,
+    gc,
     init,
     interventions,
     login,
@@ -28,6 +31,7 @@ from flctl.cli import (
 )
 from flctl.cli.output import print_error
 from flctl.errors import FlctlError, Interrupted, UsageError, defect
+from flctl.words import plain
 
 app = typer.Typer(
     help="Train one model across several supercomputers: SSH, rsync and the batch queue are all it needs.",
@@ -48,7 +52,7 @@ HINTS = {"--sites": "--sites a b, --sites a,b or --sites all", "--option": "--op
 WHOLE = frozenset({"--bases", "--option"})  # their words may hold commas
 CAMPAIGN_OPTIONS = frozenset({"-C", "--campaign"})
 JSON_COMMANDS = frozenset(
-    {"round", "plan", "status", "login", "aggregate", "verify", "campaign tick", "auth test"}
+    {"round", "plan", "status", "login", "aggregate", "verify", "audit", "gc", "campaign tick", "auth test"}
     | {"site list", "site show", "site test", "site stage"}
 )
 
@@ -78,7 +82,7 @@ def flctl(
     context.obj = folder
 
 
-for module in (init, demo, plan, round, status, login, interventions, aggregate, verify, export):
+for module in (init, adopt, demo, plan, round, status, login, interventions, aggregate, verify, audit, export, gc):
     module.register(app)
 app.add_typer(site.app, name="site")
 app.add_typer(auth.app, name="auth")
@@ -193,7 +197,7 @@ def _internal(error: Exception, command: str) -> int:
     if os.environ.get("FLCTL_DEBUG"):
         import traceback
 
-        traceback.print_exc()
+        print(plain(traceback.format_exc()), end="", file=sys.stderr)
     return print_error(defect(error), command)
 
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, NoReturn, TypeVar
 
 from flctl.campaign.workspace import Workspace
 from flctl.cli.output import print_json
-from flctl.errors import CodeSpent, Interrupted, LoginTooSoon
+from flctl.errors import CodeSpent, Interrupted, LoginPaused, LoginTooSoon
 from flctl.records import Failure
 
 if TYPE_CHECKING:
@@ -117,6 +117,8 @@ def patiently(action: "Callable[[], T]", stop: threading.Event) -> T:
             raise Interrupted("interrupted")
         try:
             return action()
+        except LoginPaused:
+            raise
         except LoginTooSoon as early:
             pause = early.until - time.time() + 0.5
             patience = CODE_PATIENCE if isinstance(early, CodeSpent) else INTERVAL_PATIENCE

@@ -1,6 +1,7 @@
 """Owns what is printed: the JSON object, error lines, tables."""
 
 import json
+import re
 import sys
 from collections.abc import Iterable
 from contextlib import suppress
@@ -9,6 +10,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 from flctl.errors import FlctlError
 from flctl.records import Failure
+from flctl.words import plain
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -33,7 +35,19 @@ def print_json(command: str, *, status: str, exit_code: int, data: Any, errors: 
         "data": data,
         "errors": listed,
     }
-    print(json.dumps(answer, indent=1, ensure_ascii=False))
+    print(_escaped(json.dumps(answer, indent=1, ensure_ascii=False)))
+
+
+def _escaped(text: str) -> str:
+    """JSON in which every letter that is not printable is an escape: JSON itself lets most of them stand."""
+    return re.sub(r"[^\n]", _escape, text) if not text.replace("\n", "").isprintable() else text
+
+
+def _escape(found: re.Match[str]) -> str:
+    if found[0].isprintable():
+        return found[0]
+    units = found[0].encode("utf-16-be", "surrogatepass").hex()
+    return "".join(f"\\u{units[place : place + 4]}" for place in range(0, len(units), 4))
 
 
 def print_error(error: FlctlError, command: str = "") -> int:
@@ -47,9 +61,9 @@ def print_error(error: FlctlError, command: str = "") -> int:
 
 def print_failures(errors: Errors) -> None:
     for site, failure in errors:
-        print(f"flctl: {site + ': ' if site else ''}{failure.message}", file=sys.stderr)
+        print(plain(f"flctl: {site + ': ' if site else ''}{failure.message}"), file=sys.stderr)
         if failure.hint:
-            print(f"  -> {failure.hint}", file=sys.stderr)
+            print(plain(f"  -> {failure.hint}"), file=sys.stderr)
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +75,7 @@ class Grid:
     rows: list[tuple[str, ...]] = field(default_factory=list)
 
     def add(self, *cells: str) -> None:
-        self.rows.append(cells)
+        self.rows.append(tuple(map(plain, cells)))
 
     def show(self) -> None:
         if sys.stdout.isatty():
@@ -91,7 +105,7 @@ class Grid:
 def say(line: str, stream: TextIO | None = None) -> None:
     """Print a line now. A reader that has gone (`flctl round | head`) must not end what is being done."""
     with suppress(OSError, ValueError):
-        print(line, file=stream or sys.stdout, flush=True)
+        print(plain(line), file=stream or sys.stdout, flush=True)
 
 
 def console() -> "Console":

@@ -96,6 +96,7 @@ def _print(
 ) -> None:
     from flctl.campaign.budget import standing
     from flctl.campaign.privacy import line
+    from flctl.campaign.space import too_small
     from flctl.facility.limits import size
 
     print(f"plan: models {plan.first:04d} to {plan.target:04d}, {plan.steps} steps a run, by {', '.join(plan.sites)}")
@@ -107,6 +108,8 @@ def _print(
     used = f"{whole['used']:.4g} of {whole['max']:.4g}" if whole["max"] else f"{whole['used']:.4g}"
     moved = size(sum(view.bytes_out + view.bytes_in for view in views))
     print(f"\ntogether    {hours:.4g} node-hours at most, {used} used so far; {moved} a round")
+    for warning in too_small(workspace, plan):
+        print(f"space       {warning}")
     if private:
         print(f"privacy     after model {plan.target:04d}: {line(private)}")
     print(f"scripts     {', '.join(str(path) for path in scripts)}")

@@ -14,6 +14,7 @@ from flctl.cli.moving import a_person, find, leave, moving
 from flctl.cli.output import Grid, console, number, print_failures, print_json, say
 from flctl.errors import UsageError
 from flctl.records import Plan
+from flctl.words import plain
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -98,7 +99,7 @@ class View:
             self._live.stop()
 
     def tell(self, line: str) -> None:
-        stamped = f"{time.strftime('%H:%M:%S')}  {line}"
+        stamped = plain(f"{time.strftime('%H:%M:%S')}  {line}")
         if self._live is not None:
             self._live.console.print(stamped, markup=False)
         else:

@@ -1,6 +1,7 @@
 """`flctl site`: profiles, whether a site is ready, whether its host is the right one."""
 
 import re
+import sys
 from functools import partial
 from typing import TYPE_CHECKING, Annotated
 
@@ -8,7 +9,7 @@ import typer
 
 from flctl.cli import profiles, stage
 from flctl.cli.moving import a_person, find, moving, patiently
-from flctl.cli.output import Grid, print_failures, print_json
+from flctl.cli.output import Grid, print_failures, print_json, say
 from flctl.errors import UsageError
 
 if TYPE_CHECKING:
@@ -36,7 +37,8 @@ def test(
     from flctl.cli.round import duration
 
     workspace, patience = find(context.obj), duration(wait) if batch else None
-    with moving(workspace, command="site test" if json else "", terminal=a_person()) as engine:
+    tell = partial(say, stream=sys.stderr)
+    with moving(workspace, tell, "site test" if json else "", terminal=a_person()) as engine:
         results = [
             patiently(partial(examine, engine, name, batch=patience), engine.stop)
             for name in names or workspace.profiles

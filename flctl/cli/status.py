@@ -8,7 +8,8 @@ import typer
 from flctl.campaign.workspace import Workspace
 from flctl.cli.moving import find
 from flctl.cli.output import Grid, print_json, seconds
-from flctl.records import Run, Work
+from flctl.errors import ConfigurationError, LoginPaused
+from flctl.records import Run, Work, to_data
 
 NOTE_MOST = 60
 
@@ -27,17 +28,33 @@ def status(
 
     workspace = find(context.obj)
     runs = workspace.runs()
-    data = summary(workspace, runs)
+    data = summary(workspace, runs) | _space(workspace, runs)
     if json:
         print_json("status", status="ok", exit_code=0, data=data)
     else:
         _print(workspace, runs, data, everything)
 
 
+def _space(workspace: Workspace, runs: tuple[Run, ...]) -> dict[str, Any]:
+    """How many more rounds fit where, and what is to be feared for the plan."""
+    from flctl.campaign.space import purges, rooms, too_small
+
+    plan = workspace.plan()
+    fears = purges(workspace, runs, time.time())
+    try:
+        found, small = rooms(workspace, plan.sites if plan else tuple(workspace.profiles)), too_small(workspace, plan)
+    except ConfigurationError:  # flctl.toml is being edited; the records can be shown all the same
+        found, small = [], []
+    rows = [to_data(room) | {"rounds": room.rounds} for room in found]
+    return {"space": rows, "warnings": [*small, *fears]}
+
+
 def _print(workspace: Workspace, runs: tuple[Run, ...], data: dict[str, Any], everything: bool) -> None:
     from flctl.campaign.contacts import hold_of, remedy_of
     from flctl.campaign.privacy import line
-    from flctl.campaign.report import ago, failed_runs, state_of
+    from flctl.campaign.report import ago, failed_runs, notices, state_of
+    from flctl.campaign.space import Room
+    from flctl.campaign.space import line as line_of
     from flctl.facility.certificates import clock
 
     model, plan = data["model"], workspace.plan()
@@ -78,17 +95,27 @@ def _print(workspace: Workspace, runs: tuple[Run, ...], data: dict[str, Any], ev
     for site, contact in contacts.items():
         if held := hold_of(contact):
             print(f"{site} is HELD: {held.reason}\n  -> {remedy_of(site, contact)}")
+        elif contact.trouble is not None and contact.trouble.code == LoginPaused.code:
+            print(f"{site}: {contact.trouble.message}")
     for site, row in data["logins"].items():
         if row["until"] is not None and row["until"] > time.time() and not hold_of(contacts[site]):
             print(f"{site}: logged in until {clock(row['until'])}")
         if row["warning"]:
             print(row["warning"])
-    for run in runs:
-        if run.open and run.held is not None:
-            print(f"{run.site}: run {run.number:04d} is HELD: {run.held.reason}\n  -> flctl release {run.site}")
+    for notice in (notice for run in runs for notice in notices(run)):
+        print(notice)
     for row in data["node_hours"]:
         if row["used"] or row["max"]:
             limit = f" of {row['max']:.4g}" if row["max"] else ""
             figures = f"{row['used']:.4g} used{limit}, {row['reserved']:.4g} reserved"
             print(f"node-hours, {row['site'] or 'all sites'}: {figures}")
-    print("logins so far: " + ", ".join(f"{site} {contact.logins}" for site, contact in contacts.items()))
+    for row in data["space"]:
+        print(f"space, {line_of(Room(site=row['site'], free=row['free'], per_round=row['per_round']))}")
+    for warning in data["warnings"]:
+        print(warning)
+    print("logins so far: " + ", ".join(_logins(site, row) for site, row in data["logins"].items()))
+
+
+def _logins(site: str, row: dict[str, Any]) -> str:
+    of_day = f" ({row['today']} of {row['per_day']} within 24 h)" if row["today"] else ""
+    return f"{site} {row['count']}{of_day}"

@@ -85,6 +85,8 @@ def _print(found: "Rebuilt") -> None:
     looked = f"{found.files} files hashed, {found.bytes:,} bytes, {found.seconds:.1f} s"
     if found.rebuilt:
         print(f"made again from {_counted(found.contributions)}; {looked}")
+    elif found.collected:
+        print(f"not made again, as what it was made from was collected by gc on {found.collected}; {looked}")
     elif found.contributions:
         print(f"not made again, as what it was made from is not what it was; {looked}")
     else:

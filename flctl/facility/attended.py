@@ -13,13 +13,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 from flctl.errors import CodeSpent, ConfigurationError, FlctlError, HostKeyRefused, LoginNeeded, SiteUnreachable
-from flctl.facility import holding, ledger
+from flctl.facility import allowance, holding, ledger, patience
 from flctl.facility.holding import Kept
-from flctl.facility.openssh import Place, environment, jump_command, jump_place, printable, quoted, ssh, unreachable
+from flctl.facility.openssh import Place, environment, jump_command, jump_place, quoted, ssh, unreachable
 from flctl.facility.profile import Site
-
-PERSON_TIMEOUT = 300.0
-"""Seconds for a person to answer; most servers hang up after 120."""
+from flctl.words import printable
 
 
 def keep(
@@ -35,9 +33,10 @@ def keep(
     name, folder = holding.name_of(site, place, known_hosts), holding.folder(make=True)
     with holding.locked(site, place, name) as lock:
         holding.clear(name)
-        ledger.keep_interval(site, place)
+        allowance.take(site, place, person=True)
         try:
             _ask_person(site, place, known_hosts, folder / name)
+            allowance.let_in(site, place)
             on_login()
             now = time.time()
             user_at = f"{place.user}@{place.name}"
@@ -72,10 +71,10 @@ def _ask_person(site: Site, place: Place, known_hosts: Path, address: Path) -> N
     listener = threading.Thread(target=_repeat, args=(child, heard), daemon=True)
     listener.start()
     try:
-        status = child.wait(timeout=PERSON_TIMEOUT)
+        status = child.wait(timeout=patience.PERSON)
     except subprocess.TimeoutExpired:
         raise SiteUnreachable(
-            f"{place} did not let us in within {PERSON_TIMEOUT:.0f} s", hint=f"flctl login {site.name}", site=site.name
+            f"{place} did not let us in within {patience.PERSON:.0f} s", hint=f"flctl login {site.name}", site=site.name
         ) from None
     finally:
         if child.poll() is None:

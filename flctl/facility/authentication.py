@@ -6,11 +6,13 @@ from collections.abc import Callable
 import paramiko
 
 from flctl.errors import LoginNeeded
+from flctl.facility import allowance, patience
 from flctl.facility.codes import Answers
-from flctl.facility.openssh import login_place, printable, unreachable
+from flctl.facility.openssh import login_place, unreachable
 from flctl.facility.profile import Site
-from flctl.facility.wire import AUTH_TIMEOUT, Wire
+from flctl.facility.wire import Wire
 from flctl.facility.witness import Witness
+from flctl.words import printable
 
 ASKING = ("keyboard-interactive", "password")
 """Methods by which a server asks, in the order of preference."""
@@ -58,7 +60,7 @@ def _offer_keys(wire: Wire, site: Site, keys: list[paramiko.PKey], witness: Witn
             return further
         except (paramiko.AuthenticationException, paramiko.SSHException, EOFError, OSError) as error:
             refused = isinstance(error, paramiko.AuthenticationException) and wire.is_active()
-            if not (refused or wire.farewell) or time.monotonic() - began > AUTH_TIMEOUT:
+            if not (refused or wire.farewell) or time.monotonic() - began > patience.AUTH:
                 raise unreachable(site, login_place(site), error) from error
             witness.note_offer(blob.key_type, blob.key_blob, accepted=False)
             if wire.farewell:
@@ -98,7 +100,7 @@ def _tried(wire: Wire, site: Site, answers: Answers, attempt: Callable[[], list[
         refused = isinstance(error, paramiko.AuthenticationException) and wire.is_active()
         # Who hangs up on an answer has refused it, for all we know: to try again may lock the account.
         heard = refused or wire.farewell or answers.given
-        if not heard or time.monotonic() - began > AUTH_TIMEOUT:
+        if not heard or time.monotonic() - began > patience.AUTH:
             raise unreachable(site, login_place(site), error) from error
         raise _refused(site, answers, wire.farewell, "refused" if refused else "hung up on") from None
 
@@ -106,12 +108,7 @@ def _tried(wire: Wire, site: Site, answers: Answers, attempt: Callable[[], list[
 def _refused(site: Site, answers: Answers, farewell: str, what: str) -> LoginNeeded:
     name, login = site.name, site.login
     if not answers.given:
-        return LoginNeeded(
-            f"{login.host} refused the login without asking for a code"
-            + (f": {farewell}" if farewell else "; it does that after too many logins in a short time"),
-            hint=f"wait some minutes, then flctl release {name}",
-            site=name,
-        )
+        return allowance.unasked(site, login_place(site), farewell)
     keys = [f"login.{'totp' if kind == 'code' else kind}.secret" for kind in answers.kinds]
     return LoginNeeded(
         f"{login.host} {what} the {answers.given}; it is not tried again by itself",

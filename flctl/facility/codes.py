@@ -8,10 +8,10 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from flctl.errors import CodeSpent, ConfigurationError, FlctlError, LoginNeeded
-from flctl.facility import fields, holding, ledger
-from flctl.facility.openssh import printable
+from flctl.facility import allowance, fields, holding, ledger
 from flctl.facility.profile import Site, Totp
 from flctl.facility.references import read_reference
+from flctl.words import printable
 
 SHORTEST = 10
 """Bytes of the shortest secret: 80 bits, which RFC 4226 calls too short and several facilities use."""
@@ -79,6 +79,8 @@ class Answers:
         self.dialogue: list[Exchange] = []
         self._given: set[Given] = set()
         self._secret = secret_of(site)
+        if abs(ahead := allowance.skew(site)) > self._secret.period:
+            raise _wrong_clock(site, ahead)
         try:
             ledger.check(self._secret.key, self._secret.period)
         except CodeSpent as spent:
@@ -152,6 +154,17 @@ class Answers:
         ledger.spend(self._secret.key, self._secret.period, now=moment)
         self._given.add(kind)
         return self._secret.code(moment)
+
+
+def _wrong_clock(site: Site, ahead: float) -> LoginNeeded:
+    error = LoginNeeded(
+        f"this machine's clock was {abs(ahead):.0f} s {'ahead of' if ahead > 0 else 'behind'} the site's at the last "
+        "login: no code is made with it",
+        hint=f"put the clock right (timedatectl set-ntp true), then flctl release {site.name}",
+        site=site.name,
+    )
+    error.attempted = False
+    return error
 
 
 def wanted_by(question: str, site: Site) -> tuple[Given, ...]:

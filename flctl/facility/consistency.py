@@ -21,7 +21,7 @@ PBS_OURS = frozenset("NrojeJVASqazh") | {"l walltime", "l select", "l place", "l
 
 def contradictions(site: "Site") -> list[str]:
     """What is wrong between values that are each right, as lines that begin with the key."""
-    return [*_names(site), *_login(site), *_scheduler(site), *_elsewhere(site)]
+    return [*_names(site), *_login(site), *_scheduler(site), *_signing(site), *_elsewhere(site)]
 
 
 def _names(site: "Site") -> Iterator[str]:
@@ -54,6 +54,11 @@ def _login(site: "Site") -> Iterator[str]:
         yield "login.totp.permission: must say where the facility permits automated codes"
     if login.password.secret and login.kind != "password+totp":
         yield f'login.password.secret: needs login.kind = "password+totp", not {login.kind!r}'
+
+
+def _signing(site: "Site") -> Iterator[str]:
+    if site.signing.signers and not site.signing.key:
+        yield "signing.key: must be the private key there that makes the signatures which signing.signers asks for"
 
 
 def _scheduler(site: "Site") -> Iterator[str]:

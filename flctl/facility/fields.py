@@ -19,7 +19,7 @@ USER = r"[A-Za-z0-9_][A-Za-z0-9_.+-]{0,63}"
 _WORD = r"[A-Za-z0-9_][A-Za-z0-9_.+@-]{0,127}"
 _PLAIN_PATH = r"[A-Za-z0-9_.+@/-]"
 _VARIABLE = r"\$(?:[A-Za-z_]\w*|\{[A-Za-z_]\w*\})"
-_PLAIN = r"""[^$'"`\\<>|;&*?\x00-\x1f\x7f]"""
+_PLAIN = r"""[^$'"`\\<>|;&*?!\x00-\x1f\x7f]"""
 _PATH = rf"(?:/|~(?:/|$)|{_VARIABLE})(?:{_PLAIN}|{_VARIABLE})*"
 _OPTION = r"--[a-z][a-z0-9-]*(?:=[A-Za-z0-9_.,:/@%+=*&()\[\]-]+)?"
 _PBS_OPTION = r"-[a-zA-Z](?: ?[A-Za-z0-9_][A-Za-z0-9_.,:/@%+=*&()\[\]-]*)?"
@@ -97,7 +97,7 @@ def _exports(table: dict[str, str]) -> dict[str, str]:
         if not re.fullmatch(r"[A-Za-z_]\w*", name, re.ASCII) or name.startswith("FLCTL_"):
             raise ValueError(f"{name!r} is not a variable that a profile may set")
         if "$" in value and not re.fullmatch(rf"(?:{_PLAIN}|{_VARIABLE}|[;*?<>|&])*", value, re.ASCII):
-            raise ValueError(f"{name} may hold $NAME or ${{NAME}}, then no quotes, backslashes or commands")
+            raise ValueError(f"{name} may hold $NAME or ${{NAME}}, then no quotes, backslashes, ! or commands")
     return table
 
 
@@ -105,8 +105,8 @@ def _given(pattern: str, what: str) -> Check:
     return like(pattern, what, empty=False)
 
 
-_COMMAND_RULE = "a command: words and variables, but no quotes, backslashes, wildcards, pipes or further commands"
-_PATH_RULE = "an absolute path; it may hold $NAME or ${NAME}, but no quotes, backslashes, wildcards or commands"
+_COMMAND_RULE = "a command: words and variables, but no quotes, backslashes, wildcards, pipes, ! or further commands"
+_PATH_RULE = "an absolute path; it may hold $NAME or ${NAME}, but no quotes, backslashes, wildcards, ! or commands"
 _BARE = r"[A-Za-z0-9_][A-Za-z0-9_.+-]*"
 
 Name = Annotated[str, _given(r"[a-z0-9][a-z0-9_-]{0,62}", "a site's name: lower-case letters, digits, - and _")]

@@ -5,11 +5,11 @@ import time
 from collections.abc import Mapping
 
 from flctl.facility import limits
-from flctl.facility.openssh import printable
 from flctl.facility.probe import Check, Want, last_lines, space_left, start_in_words, words
 from flctl.facility.profile import Site
 from flctl.facility.scheduler import QueryFailed, Scheduler
 from flctl.facility.shell import Answer
+from flctl.words import printable
 
 CLOCK_SKEW_MOST = 10.0
 
@@ -58,14 +58,18 @@ def _scheduler(site: Site, scheduler: Scheduler, answers: Mapping[str, Answer], 
 
 
 def _answers(site: Site, scheduler: Scheduler, answers: Mapping[str, Answer]) -> Check:
-    kind, answer = site.scheduler.kind, answers["queue"]
+    kind = site.scheduler.kind
     version = printable(answers["version"].stdout.strip() or answers["version"].stderr.strip(), 120)
     if kind == "pbs" and answers["version"].status != 0:
         torque = re.search(r"(?i)torque|\bversion: *\d", version)
         detail = f"{version}{': this is Torque, which flctl does not support' if torque else ''}"
         fix = f"ask the facility which scheduler there is; scheduler.kind in sites/{site.name}.toml names it"
         return Check(name="scheduler", result="fail", detail=detail, fix=fix)
+    if "queue" not in answers:
+        detail = f"{version or kind}; asked for its jobs less than {2 * site.poll.every} s ago, and not again"
+        return Check(name="scheduler", result="ok", detail=detail)
     try:
+        answer = answers["queue"]
         seen = scheduler.seen(answer.status, answer.stdout, answer.stderr)
     except QueryFailed as failure:
         fix = f"does {kind} answer there? try its queue command by hand"
@@ -76,7 +80,7 @@ def _answers(site: Site, scheduler: Scheduler, answers: Mapping[str, Answer]) ->
 
 def _accounting(site: Site, scheduler: Scheduler, answers: Mapping[str, Answer], file: str) -> list[Check]:
     name = "accounting"
-    if site.scheduler.kind == "local":
+    if site.scheduler.kind == "local" or "queue" not in answers:
         return []
     if "accounting" not in answers:
         return [Check(name=name, result="ok", detail="not asked: the profile says so (scheduler.accounting)")]

@@ -20,6 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TextIO
 
+from flctl.durable import write_whole
 from flctl.errors import ConfigurationError, HostKeyRefused
 from flctl.facility.hostcertificates import objection, signer
 from flctl.facility.openssh import Place, environment
@@ -151,10 +152,7 @@ def replace(known_hosts: Path, place: Place, key: HostKey) -> None:
             others = ",".join(host for host in hosts.split(",") if host != place.name and not host.startswith("|"))
             if not hosts or others:
                 kept.append(line.replace(hosts, others, 1))
-        draft = known_hosts.with_name(f".{known_hosts.name}.{os.getpid()}")
-        draft.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
-        draft.chmod(0o600)
-        draft.rename(known_hosts)
+        write_whole(known_hosts, "".join(line + "\n" for line in kept).encode())
     record(known_hosts, place, [key])
 
 

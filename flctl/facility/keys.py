@@ -9,8 +9,9 @@ import paramiko
 
 from flctl.errors import ConfigurationError, LoginNeeded
 from flctl.facility.certificates import Dates, dates_in_file, dates_of_blob, ended, kept_public, rank
-from flctl.facility.openssh import certificate_path, expand, printable
+from flctl.facility.openssh import certificate_path, expand
 from flctl.facility.profile import Site
+from flctl.words import printable
 
 AGENT_KEYS_MOST = 4
 """Servers hang up after six refused keys, and some block the address: an agent with more keys must be told which."""

@@ -1,5 +1,5 @@
-"""Owns what all flctl processes of a user know of each other's logins: each time step of each secret is used once, and
-two logins to a host keep the distance that its facility asks for."""
+"""Owns which one-time codes all flctl processes of a user have used, each time step of each secret once; and the user's
+state folder with its files under locks."""
 
 import fcntl
 import hashlib
@@ -14,9 +14,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from flctl.errors import CodeSpent, ConfigurationError, LoginTooSoon
-from flctl.facility.openssh import Place, jump_place
-from flctl.facility.profile import Site
+from flctl import faults
+from flctl.durable import make_folder
+from flctl.errors import CodeSpent, ConfigurationError
 
 MARGIN = 3.0
 """Seconds that must be left in a step before its code is sent: it has to arrive and be checked within it."""
@@ -27,8 +27,9 @@ GREETING = 2.0
 
 Entries = dict[str, Any]
 
-KEPT = 3600.0
-"""Seconds for which a login is remembered: the longest interval that a profile may ask for."""
+LONGEST = 3600.0
+"""Seconds of the longest period that a profile may have: a step that is used until later than that from now is one of a
+clock that was set back since."""
 
 
 def state_folder() -> Path:
@@ -36,7 +37,7 @@ def state_folder() -> Path:
     base = os.environ.get("XDG_STATE_HOME", "")
     folder = (Path(base) if base.startswith("/") else Path.home() / ".local" / "state") / "flctl"
     try:
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        make_folder(folder)
     except OSError as error:
         raise ConfigurationError(
             f"{folder} cannot be made: {error.strerror}; it keeps which one-time codes were used",
@@ -53,19 +54,22 @@ def state_folder() -> Path:
 
 def check(key: bytes, period: int, *, now: float | None = None) -> None:
     """CodeSpent if the code of the present time step is used, or if too little of it is left to log in."""
-    with _ledger() as (entries, _):
-        _refuse_if_spent(entries, key, period, time.time() if now is None else now, margin=MARGIN + GREETING)
+    moment = time.time() if now is None else now
+    with _ledger(moment) as (entries, _):
+        _refuse_if_spent(entries, key, period, moment, margin=MARGIN + GREETING)
 
 
 def spend(key: bytes, period: int, *, now: float | None = None) -> int:
     """Take the present time step for this caller alone; its number. Written to disk before this returns, so that a
     crash can only waste a code, never use one twice. CodeSpent if it is taken already."""
     moment = time.time() if now is None else now
-    with _ledger() as (entries, path):
+    with _ledger(moment) as (entries, path):
         _refuse_if_spent(entries, key, period, moment, margin=MARGIN)
         step = int(moment // period)
         entries["used_until"][_name(entries, key)] = (step + 1) * period
-        _write(path, entries)
+        faults.point("code-spend")
+        write(path, entries)
+        faults.point("code-spent")
         return step
 
 
@@ -91,53 +95,21 @@ def _name(entries: Entries, key: bytes) -> str:
     return hmac.new(bytes.fromhex(entries["salt"]), key, hashlib.sha256).hexdigest()
 
 
-def keep_interval(site: Site, place: Place, *, now: float | None = None) -> None:
-    """Take the right to log in to this host (and to the jump host before it) at this moment. LoginTooSoon if a login of
-    this user was less than login.interval ago, by any flctl; nothing is taken then. A clock that is set back delays the
-    next login by one interval at most."""
-    interval = site.login.interval
-    if not interval:
-        return
-    jump = jump_place(site)
-    names = [f"{host.user}@{host}" for host in ([jump] if jump else []) + [place]]
-    with _locked("logins") as path:
-        # Asked only now: whoever had the lock before us logged in before this moment.
-        moment = time.time() if now is None else now
-        # A login of the future was one before the clock was set back: when is not known, so it counts as one of now.
-        logins = {name: min(at, moment) for name, at in _read_logins(path).items() if moment - KEPT < at}
-        last = max((logins[name] for name in names if name in logins), default=moment - interval)
-        if moment < last + interval:
-            _write(path, logins)
-            raise LoginTooSoon(
-                f"the last login was {moment - last:.0f} s ago, and {interval} s must lie between two",
-                until=last + interval,
-                hint=f"wait {last + interval - moment:.0f} s",
-                site=site.name,
-            )
-        _write(path, logins | dict.fromkeys(names, moment))
-
-
-def _read_logins(path: Path) -> dict[str, float]:
-    try:
-        logins = json.loads(path.read_text(encoding="ascii"))
-        return {str(name): float(at) for name, at in logins.items()}
-    except FileNotFoundError:
-        return {}
-    except (ValueError, TypeError, AttributeError):
-        raise ConfigurationError(
-            f"{path}, which keeps when the last logins were, cannot be understood", hint=f"rm {path}"
-        ) from None
+@contextmanager
+def _ledger(now: float) -> Iterator[tuple[Entries, Path]]:
+    """The ledger of codes and where it lies, for this process and thread alone. After a clock that ran far ahead was
+    set back, the steps that it used count as those of an hour at most, beginning now."""
+    with locked("codes") as path:
+        entries = _read(path)
+        ahead = [name for name, until in entries["used_until"].items() if until > now + LONGEST]
+        if ahead:
+            entries["used_until"].update(dict.fromkeys(ahead, int(now + 1)))
+            write(path, entries)
+        yield entries, path
 
 
 @contextmanager
-def _ledger() -> Iterator[tuple[Entries, Path]]:
-    """The ledger of codes and where it lies, for this process and thread alone."""
-    with _locked("codes") as path:
-        yield _read(path), path
-
-
-@contextmanager
-def _locked(name: str) -> Iterator[Path]:
+def locked(name: str) -> Iterator[Path]:
     """The path of a ledger, for this process and thread alone."""
     folder = state_folder()
     lock = os.open(folder / f"{name}.lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
@@ -164,7 +136,8 @@ def _read(path: Path) -> Entries:
     )
 
 
-def _write(path: Path, entries: Entries) -> None:
+def write(path: Path, entries: Entries) -> None:
+    """Replace a ledger, on disk when this returns."""
     draft = path.with_name(f".{path.name}.{os.getpid()}")
     with os.fdopen(os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW, 0o600), "w") as stream:
         json.dump(entries, stream)

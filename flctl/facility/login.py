@@ -14,29 +14,25 @@ from typing import IO, Any
 import paramiko
 
 from flctl.errors import FlctlError, LoginNeeded
-from flctl.facility import hostkeys
+from flctl.facility import allowance, hostkeys, patience
 from flctl.facility.authentication import authenticate
 from flctl.facility.codes import Answers
 from flctl.facility.hostcertificates import ALGORITHMS
 from flctl.facility.hostkeys import HostKey
 from flctl.facility.keys import keys_of
-from flctl.facility.ledger import keep_interval
 from flctl.facility.openssh import (
-    ALIVE_COUNT,
-    ALIVE_INTERVAL,
     CIPHERS,
-    CONNECT_TIMEOUT,
     Place,
     environment,
     jump_command,
     jump_place,
     login_place,
-    printable,
     unreachable,
 )
 from flctl.facility.profile import Site
-from flctl.facility.wire import AUTH_TIMEOUT, Wire
+from flctl.facility.wire import Wire
 from flctl.facility.witness import Witness
+from flctl.words import printable
 
 REKEY_BYTES, REKEY_PACKETS = 1 << 36, 1 << 31
 """paramiko asks for new keys after 512 MB and may lose the channel while a transfer runs. 64 GiB is what RFC 4344
@@ -44,7 +40,6 @@ REKEY_BYTES, REKEY_PACKETS = 1 << 36, 1 << 31
 wrap, have 32 bits."""
 
 WINDOW = 16 << 20
-SESSION_PATIENCE = 5.0
 
 
 def log_in(
@@ -57,16 +52,18 @@ def log_in(
     answers = Answers(site) if site.login.coded else None
     witness.dialogue = answers.dialogue if answers else []
     keys = keys_of(site) if site.login.keyed else []
-    keep_interval(site, login_place(site))
-    wire = reach(site, login_place(site), known_hosts, witness)
-    try:
-        if jump := jump_place(site):
-            on_login(jump)
-        authenticate(wire, site, keys, answers, witness)
-        on_login(login_place(site))
-    except BaseException:
-        wire.close()
-        raise
+    allowance.take(site, login_place(site))
+    with allowance.outcome(site, login_place(site)) as attempt:
+        wire = reach(site, login_place(site), known_hosts, witness)
+        attempt.met = True
+        try:
+            if jump := jump_place(site):
+                on_login(jump)
+            authenticate(wire, site, keys, answers, witness)
+            on_login(login_place(site))
+        except BaseException:
+            wire.close()
+            raise
     threading.Thread(target=_pulse, args=(wire,), name=f"pulse {site.name}", daemon=True).start()
     return wire
 
@@ -122,15 +119,15 @@ def _greet(site: Site, place: Place, known_hosts: Path) -> Wire:
 
 
 def _negotiate(wire: Wire, place: Place, known_hosts: Path) -> None:
-    wire.banner_timeout = wire.handshake_timeout = CONNECT_TIMEOUT
-    wire.auth_timeout, wire.channel_timeout = AUTH_TIMEOUT, CONNECT_TIMEOUT
+    wire.banner_timeout = wire.handshake_timeout = patience.CONNECT
+    wire.auth_timeout, wire.channel_timeout = patience.AUTH, patience.CONNECT
     wire.packetizer.REKEY_BYTES, wire.packetizer.REKEY_PACKETS = REKEY_BYTES, REKEY_PACKETS
     options = wire.get_security_options()
     options.ciphers = [name for name in CIPHERS if name in options.ciphers]
     certificates = ALGORITHMS if hostkeys.certified(place, known_hosts) else ()
     known = hostkeys.kinds_on_file(place, known_hosts)
     options.key_types = [*certificates, *_ordered(options.key_types, known)]
-    wire.start_client(timeout=CONNECT_TIMEOUT)
+    wire.start_client(timeout=patience.CONNECT)
     # When its time is over, start_client returns as if all were well.
     if not wire.initial_kex_done:
         raise EOFError("it did not answer in time")
@@ -163,17 +160,11 @@ def _key_of(wire: paramiko.Transport) -> HostKey:
 
 def _dial(site: Site, place: Place, known_hosts: Path, complaints: IO[bytes]) -> socket.socket:
     if place == jump_place(site) or not site.login.proxy_jump:
-        try:
-            link = socket.create_connection((place.host, place.port), timeout=CONNECT_TIMEOUT)
-            link.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        except OSError as error:
-            raise unreachable(site, place, error) from error
-        return link
+        return _connected(site, place)
     check_jump(site, known_hosts)
     ours, theirs = socket.socketpair()
     with theirs:
         argv = jump_command(site, place, known_hosts)
-        # Ends by itself when our end of the pair is closed.
         child = subprocess.Popen(
             argv,
             stdin=theirs.fileno(),
@@ -183,7 +174,41 @@ def _dial(site: Site, place: Place, known_hosts: Path, complaints: IO[bytes]) ->
             start_new_session=True,
         )
     threading.Thread(target=child.wait, name="reap jump", daemon=True).start()
-    return ours
+    return _Leg(ours, child)
+
+
+class _Leg(socket.socket):
+    """Our end of the way through a jump host. The ssh at its other end is ended with it: it would wait without an end
+    for a host behind the jump host that has fallen silent."""
+
+    def __init__(self, end: socket.socket, child: "subprocess.Popen[bytes]") -> None:
+        super().__init__(fileno=end.detach())
+        self._child = child
+
+    def close(self) -> None:
+        super().close()
+        self._child.terminate()
+
+
+def _connected(site: Site, place: Place) -> socket.socket:
+    """A TCP connection to one of the host's addresses; what is silent is not waited for once per address."""
+    deadline, lost = time.monotonic() + patience.CONNECT_ALL, OSError("its name has no address")
+    try:
+        found = socket.getaddrinfo(place.host, place.port, type=socket.SOCK_STREAM)
+    except OSError as error:
+        raise unreachable(site, place, error) from error
+    for address in dict.fromkeys(str(entry[4][0]) for entry in found):
+        left = deadline - time.monotonic()
+        if left <= 0:
+            break
+        try:
+            link = socket.create_connection((address, place.port), timeout=min(patience.CONNECT, left))
+        except OSError as error:
+            lost = error
+            continue
+        link.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        return link
+    raise unreachable(site, place, lost) from lost
 
 
 def check_jump(site: Site, known_hosts: Path) -> None:
@@ -201,10 +226,10 @@ def check_place(site: Site, place: Place, known_hosts: Path) -> None:
 
 def open_session(wire: paramiko.Transport) -> Any:
     """A channel for one command. A server that allows one at a time needs a moment to see that the last one ended."""
-    deadline = time.monotonic() + SESSION_PATIENCE
+    deadline = time.monotonic() + patience.SESSION
     while True:
         try:
-            return wire.open_session(timeout=CONNECT_TIMEOUT)
+            return wire.open_session(timeout=patience.CONNECT)
         except paramiko.ChannelException:
             if time.monotonic() > deadline:
                 raise
@@ -214,8 +239,8 @@ def open_session(wire: paramiko.Transport) -> Any:
 def _pulse(wire: paramiko.Transport) -> None:
     """Close the connection once the peer does not answer any more: nothing in paramiko notices that by itself."""
     while wire.is_active():
-        time.sleep(ALIVE_INTERVAL)
-        alarm = threading.Timer(ALIVE_INTERVAL * (ALIVE_COUNT - 1), wire.close)
+        wire.join(patience.ALIVE_INTERVAL)
+        alarm = threading.Timer(patience.ALIVE_INTERVAL * (patience.ALIVE_COUNT - 1), wire.close)
         alarm.daemon = True
         alarm.start()
         try:

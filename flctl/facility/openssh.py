@@ -7,7 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from flctl.errors import SiteUnreachable
+from flctl.facility import patience
 from flctl.facility.profile import Site
+from flctl.words import printable
 
 CIPHERS = (
     "aes128-gcm@openssh.com",
@@ -16,11 +18,6 @@ CIPHERS = (
     *("aes128-ctr", "aes192-ctr", "aes256-ctr"),
 )
 """AES-GCM first: with AES instructions it is several times faster than OpenSSH's default, chacha20."""
-
-ALIVE_INTERVAL, ALIVE_COUNT = 15, 4
-"""A peer that does not answer for a minute is dead. rsync's own --timeout does not notice a black hole."""
-
-CONNECT_TIMEOUT = 20
 
 _INHERITED = ("PATH", "HOME", "USER", "LOGNAME", "SHELL", "TMPDIR", "TZ", "SSH_AUTH_SOCK", "XDG_RUNTIME_DIR")
 
@@ -87,9 +84,9 @@ def ssh(site: Site, place: Place, known_hosts: Path, *, code: bool = False, via_
         "BatchMode": "no" if code else "yes",
         "Ciphers": ",".join(CIPHERS),
         "Compression": "no",
-        "ConnectTimeout": str(CONNECT_TIMEOUT),
-        "ServerAliveInterval": str(ALIVE_INTERVAL),
-        "ServerAliveCountMax": str(ALIVE_COUNT),
+        "ConnectTimeout": str(patience.CONNECT),
+        "ServerAliveInterval": str(patience.ALIVE_INTERVAL),
+        "ServerAliveCountMax": str(patience.ALIVE_COUNT),
         "ForwardAgent": "no",
         "ForwardX11": "no",
         "ClearAllForwardings": "yes",
@@ -123,13 +120,6 @@ def environment(**extra: str) -> dict[str, str]:
     RSYNC_RSH and the like. Messages come in English, because they are read."""
     inherited = {name: os.environ[name] for name in _INHERITED if name in os.environ}
     return {"PATH": os.defpath, **inherited, "LC_ALL": "C", **extra}
-
-
-def printable(text: str, limit: int = 300) -> str:
-    """Words of a server as one printable line: escape sequences and control characters removed, cut at `limit`."""
-    text = re.sub(r"\x1b\[[0-?]*[ -/]*[@-~]|\x1b\][^\x07\x1b]*(?:\x07|\x1b\\)?", "", text)
-    text = " ".join("".join(c if c.isprintable() else " " for c in text).split())
-    return text if len(text) <= limit else text[:limit] + "..."
 
 
 def unreachable(site: Site, place: Place, error: BaseException, what: str = "cannot be reached") -> SiteUnreachable:

@@ -12,10 +12,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from flctl.errors import FlctlError, SiteUnreachable
-from flctl.facility.openssh import printable
+from flctl.facility import patience
 from flctl.facility.profile import Site
 from flctl.facility.rsync import Shell
 from flctl.facility.sockets import listening, remove, socket_folder
+from flctl.words import printable
 
 if TYPE_CHECKING:
     import paramiko
@@ -98,7 +99,9 @@ def _exchange(channel: Any, reader: threading.Thread, streams: list[io.FileIO], 
     _down(_after(mark, channel.recv), streams[1])
     streams[1].close()
     complaints.join(timeout=5)
-    return int(channel.recv_exit_status())
+    # A server may never say how it ended, and paramiko would wait for that without an end.
+    channel.status_event.wait(patience.ENDING)
+    return int(channel.recv_exit_status()) if channel.exit_status_ready() else 255
 
 
 def _after(mark: bytes, receive: Callable[[int], bytes]) -> Callable[[int], bytes]:

@@ -21,10 +21,11 @@ from flctl.facility import connection as connections
 from flctl.facility import holding
 from flctl.facility.connection import Output, Progress, program_of
 from flctl.facility.holding import Kept
-from flctl.facility.openssh import Place, environment, login_place, printable, transfer_place
+from flctl.facility.openssh import Place, environment, login_place, transfer_place
 from flctl.facility.profile import Site
 from flctl.facility.rsync import Shell, end
 from flctl.records import FileEntry
+from flctl.words import printable
 
 if TYPE_CHECKING:
     from flctl.facility.connection import Road

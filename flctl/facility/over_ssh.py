@@ -22,21 +22,22 @@ from flctl.errors import (
     HostKeyRefused,
     Interrupted,
     LoginNeeded,
+    LoginPaused,
     LoginTooSoon,
     SiteUnreachable,
 )
+from flctl.facility import allowance, patience
 from flctl.facility.codes import Answers
-from flctl.facility.ledger import keep_interval
-from flctl.facility.openssh import Place, environment, jump_place, printable, quoted, ssh, transfer_place, unreachable
+from flctl.facility.openssh import Place, environment, jump_place, quoted, ssh, transfer_place, unreachable
 from flctl.facility.profile import Site
 from flctl.facility.renewal import check
 from flctl.facility.rsync import Shell, end
 from flctl.facility.sockets import listening, remove, socket_folder
+from flctl.words import printable
 
 if TYPE_CHECKING:
     from flctl.facility.connection import Road
 
-LOGIN_TIMEOUT = 120.0
 LINGER = 10
 """Seconds for which a shared ssh connection outlives the flctl that opened it."""
 
@@ -72,7 +73,8 @@ class OverSsh:
             yield Shell(argv=argv, host=_bracketed(self._place.host), environment={})
             return
         self._await_turn()
-        with self._asking() as variables:
+        with allowance.outcome(self.site, self._place) as attempt, self._asking() as variables:
+            attempt.met = True
             argv = [*self._ssh(code=self._coded), "-o", "ControlPath=none"]
             try:
                 yield Shell(argv=argv, host=_bracketed(self._place.host), environment=variables)
@@ -93,6 +95,8 @@ class OverSsh:
         return None
 
     def _refused(self, words: str) -> LoginNeeded:
+        if self._answers and not self._answers.dialogue and re.search(r"\([^)]*(?:keyboard|password)[^)]*\)", words):
+            return allowance.unasked(self.site, self._place, printable(words))
         given = self._answers.given if self._answers else ""
         what = given or {"certificate": "certificate", "totp": "login"}.get(self.site.login.kind, "key")
         return LoginNeeded(
@@ -131,23 +135,26 @@ class OverSsh:
         self._masters += 1
         options = ["-o", "ControlMaster=yes", "-o", f"ControlPersist={LINGER}"]
         argv = [*self._ssh(code=self._coded), *self._control(), *options, "-f", "-N", self._place.host]
-        with self._asking() as variables, tempfile.TemporaryFile() as errors:
-            child = subprocess.Popen(
-                argv,
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.DEVNULL,
-                stderr=errors,
-                env=environment(**variables),
-                start_new_session=True,
-            )
-            status = self._wait(child)
-            errors.seek(0)
-            words = errors.read(65536).decode("utf-8", "replace")
-        if status != 0:
-            lost = unreachable(self.site, self._place, OSError(printable(words)))
-            # Who hangs up on an answer has refused it, for all we know.
-            answered = self._answers is not None and self._answers.given
-            raise self.explain(status, words) or (self._refused(words) if answered else lost)
+        with allowance.outcome(self.site, self._place) as attempt:
+            attempt.met = True
+            with self._asking() as variables, tempfile.TemporaryFile() as errors:
+                child = subprocess.Popen(
+                    argv,
+                    stdin=subprocess.DEVNULL,
+                    stdout=subprocess.DEVNULL,
+                    stderr=errors,
+                    env=environment(**variables),
+                    start_new_session=True,
+                )
+                status = self._wait(child)
+                errors.seek(0)
+                words = errors.read(65536).decode("utf-8", "replace")
+            if status != 0:
+                attempt.met = not re.search(r"(?m)^ssh: (?:connect to host|Could not resolve)", words)
+                lost = unreachable(self.site, self._place, OSError(printable(words)))
+                # Who hangs up on an answer has refused it, for all we know.
+                answered = self._answers is not None and self._answers.given
+                raise self.explain(status, words) or (self._refused(words) if answered else lost)
         self._note_login()
         lifeline = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         try:
@@ -158,7 +165,7 @@ class OverSsh:
         self._lifeline = lifeline
 
     def _wait(self, child: "subprocess.Popen[bytes]") -> int:
-        deadline = time.monotonic() + LOGIN_TIMEOUT
+        deadline = time.monotonic() + patience.LOGIN
         try:
             while time.monotonic() < deadline:
                 if self.refusal is not None:
@@ -168,7 +175,7 @@ class OverSsh:
                 with contextlib.suppress(subprocess.TimeoutExpired):
                     return child.wait(timeout=0.1)
             raise SiteUnreachable(
-                f"{self._place} did not let us in within {LOGIN_TIMEOUT:.0f} s",
+                f"{self._place} did not let us in within {patience.LOGIN:.0f} s",
                 hint="rounds and ticks try again by themselves",
                 site=self.site.name,
             )
@@ -229,7 +236,9 @@ class OverSsh:
         check(self.site)
         while True:
             try:
-                return keep_interval(self.site, self._place)
+                return allowance.take(self.site, self._place)
+            except LoginPaused:
+                raise
             except LoginTooSoon as early:
                 self._wait_for(early.until)
 
@@ -249,7 +258,7 @@ class OverSsh:
             link.sendall(self._answers.answer(question).encode() + b"\n")
         except FlctlError:
             # Without an answer ssh would send an empty one, which counts as an attempt: it waits until it is ended.
-            self._given_up.wait(LOGIN_TIMEOUT)
+            self._given_up.wait(patience.LOGIN)
 
     def _check_runs(self, program: Path) -> None:
         try:

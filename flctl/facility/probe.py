@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from typing import Literal
 
 from flctl.facility.certificates import clock
-from flctl.facility.openssh import printable
 from flctl.facility.profile import Site
 from flctl.facility.scheduler import Scheduler
 from flctl.facility.script import container_words, environment_lines, shell_word
 from flctl.facility.shell import Answer, quote
+from flctl.words import printable
 
 Result = Literal["ok", "warn", "fail"]
 
@@ -21,6 +21,8 @@ PATIENCE = 60
 HEARD = 4000
 """Bytes of a command of the site's own: more would take the room of the other answers."""
 UNKNOWN_NAME = "flctlnosuchjob"
+QUERIES = frozenset({"queue", "accounting"})
+"""The questions that are left out where the scheduler was asked for its jobs a short while ago."""
 FREE = re.compile(r"\s(\d{1,18})\s+\d+\s+(-?\d{1,18})\s+\d+%\s+/[^\n]*\s*$", re.ASCII)
 """The last line of `df -P`; less than nothing is left where what root keeps for itself is used as well."""
 VERSIONS = "import torch, transformers; print('torch', torch.__version__, 'transformers', transformers.__version__)"

@@ -72,7 +72,7 @@ class Login:
     host_keys: tuple[kinds.Fingerprint, ...] = ()
     multiplex: bool = True
     interval: Annotated[int, between(0, 3600)] = 0
-    per_day: Annotated[int, between(1, 10_000)] = 12
+    per_day: Annotated[int, between(1, 100_000)] = 12
     cooldown: Annotated[int, between(1, 86400)] = 900
     hold: kinds.Walltime = 0
     password: Password = field(default_factory=Password)

@@ -85,8 +85,10 @@ def _from_file(name: str) -> str:
                 f"the secret's file {path} must belong to you, have one name, and be closed to everybody else",
                 hint=f"chmod 600 {path}; if others could read it until now, enrol a new secret",
             )
-        if parent.st_mode & stat.S_IWOTH and not parent.st_mode & stat.S_ISVTX:
-            raise ConfigurationError(f"anybody may replace the secret's file {path}", hint=f"chmod o-w {path.parent}")
+        # A group of one's own is what many systems give each user.
+        foreign = parent.st_mode & stat.S_IWGRP and parent.st_gid != os.getegid()
+        if (foreign or parent.st_mode & stat.S_IWOTH) and not parent.st_mode & stat.S_ISVTX:
+            raise ConfigurationError(f"others may replace the secret's file {path}", hint=f"chmod go-w {path.parent}")
         return _text_of(stream.read(65536), path)
 
 

@@ -17,8 +17,8 @@ from typing import Any
 
 from flctl.errors import ConfigurationError, Interrupted, LoginNeeded
 from flctl.facility.certificates import Dates, ended
-from flctl.facility.openssh import printable
 from flctl.facility.profile import Site
+from flctl.words import printable
 
 MARGIN = 300.0
 """Seconds before its end at which a certificate is renewed; for a short-lived one, a quarter of its life."""

@@ -13,6 +13,7 @@ import shutil
 import signal
 import subprocess
 import tempfile
+import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
@@ -27,17 +28,16 @@ from flctl.errors import (
     SiteUnreachable,
     TransferFailed,
 )
-from flctl.facility.openssh import environment, printable
+from flctl.facility import patience
+from flctl.facility.openssh import environment
 from flctl.facility.profile import Site
+from flctl.words import printable
 
 if TYPE_CHECKING:
     from flctl.facility.connection import Progress, Road
 
 PARTIAL = ".flctl-partial"
 """Where rsync keeps the beginning of an interrupted file, within the target folder, to go on from there."""
-
-IDLE_TIMEOUT = 600
-"""Seconds without any data after which rsync gives up; a dead peer is noticed sooner, by ssh or by our connection."""
 
 PATIENCE = 5.0
 
@@ -57,7 +57,7 @@ VERSIONS = {29: "2.6", 30: "3.0", 31: "3.1 to 3.3", 32: "3.4 or newer"}
 OPTIONS = (
     *("--no-dirs", "--no-links", "--safe-links", "--no-devices", "--no-specials", "--ignore-times", "--from0"),
     *("--files-from=-", "--no-human-readable", "--info=progress2", f"--partial-dir={PARTIAL}"),
-    f"--timeout={IDLE_TIMEOUT}",
+    f"--timeout={patience.IDLE}",
     "--chmod=Du=rwx,Dgo=,Fu=rw,Fgo=",
 )
 """No --whole-file: for a new file it changes nothing, and with it a partial file would be sent again from its start.
@@ -155,9 +155,11 @@ def refusal(site: Site, words: str, what: str, *, ours: bool) -> FlctlError:
 
 
 def _watch(child: "subprocess.Popen[bytes]", carrier: Carrier, progress: "Progress | None") -> int:
-    """Follow rsync to its end, or end it, with all that it started, when the user stops flctl."""
+    """Follow rsync to its end, or end it, with all that it started, when the user stops flctl, or when too little moves
+    for too long: its own --timeout is not kept where its ssh is stuck, and never where a link trickles."""
     assert child.stdout is not None
     heard, spoken = b"", None
+    moved, known, since = 0, 0, time.monotonic()
     try:
         with selectors.DefaultSelector() as selector, child.stdout as stream:
             selector.register(stream, selectors.EVENT_READ)
@@ -168,30 +170,50 @@ def _watch(child: "subprocess.Popen[bytes]", carrier: Carrier, progress: "Progre
                     raise Interrupted(
                         "the transfer was interrupted", hint="it goes on where it stopped", site=carrier.site.name
                     )
+                if moved - known >= patience.SLOW_BYTES:
+                    known, since = moved, time.monotonic()
+                if time.monotonic() - since > patience.SLOW_WINDOW:
+                    raise _stuck(carrier.site, f"{moved - known:,} bytes moved in {patience.SLOW_WINDOW / 60:.0f} min")
                 if not selector.select(timeout=0.2):
                     continue
                 data = os.read(stream.fileno(), 65536)
                 if not data:
-                    return child.wait(timeout=30)
+                    return _status(child, carrier.site)
                 heard = (heard + data)[-4096:]
                 if spoken is None and (spoken := re.search(rb"Protocol versions: remote=(\d+)", heard)):
                     number = int(spoken[1])
                     carrier.road.on_rsync(f"{VERSIONS.get(number, 'of an unknown release')} (protocol {number})")
-                if progress and (numbers := re.findall(rb"[\r\n]\s*(\d+)\s+\d+%", b"\n" + heard)):
-                    progress(int(numbers[-1]))
+                if numbers := re.findall(rb"[\r\n]\s*(\d+)\s+\d+%", b"\n" + heard):
+                    moved = int(numbers[-1])
+                    if progress:
+                        progress(moved)
     finally:
         end(child)
+
+
+def _status(child: "subprocess.Popen[bytes]", site: Site) -> int:
+    """The exit status of an rsync that has said its last word."""
+    try:
+        return child.wait(timeout=patience.ENDING)
+    except subprocess.TimeoutExpired:
+        raise _stuck(site, "rsync does not end") from None
+
+
+def _stuck(site: Site, why: str) -> SiteUnreachable:
+    return SiteUnreachable(
+        f"the files do not get through: {why}", hint="the next contact goes on where it stopped", site=site.name
+    )
 
 
 def end(child: "subprocess.Popen[bytes]") -> None:
     """End a child and what it started, if it still runs; rsync keeps the partial file when it is asked politely."""
     if child.poll() is not None:
         return
-    for number, patience in ((signal.SIGTERM, PATIENCE), (signal.SIGKILL, PATIENCE)):
+    for number in (signal.SIGTERM, signal.SIGKILL):
         with suppress(ProcessLookupError):
             os.killpg(child.pid, number)
         with suppress(subprocess.TimeoutExpired):
-            child.wait(timeout=patience)
+            child.wait(timeout=PATIENCE)
             return
 
 

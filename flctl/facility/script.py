@@ -119,6 +119,7 @@ def job_values(
         "directives": Lines(tuple(f"{sign} {option}" for option in shape.extra)),
         "environment": Lines(tuple(environment_lines(site))),
         "seal_python": environment.seal_python,
+        "signing_key": Words((site.signing.key,)),
         "launch": Words(tuple(environment.launch.split())),
         "container": Words(container_words(site, workdir, data)),
         "python": Words((environment.python,)),

@@ -14,8 +14,9 @@ from pathlib import Path
 
 from flctl.errors import ConfigurationError
 from flctl.facility.fields import HOST, USER
-from flctl.facility.openssh import certificate_path, environment, expand, printable, quoted
+from flctl.facility.openssh import certificate_path, environment, expand, quoted
 from flctl.facility.profile import Login, Site, Transfer
+from flctl.words import printable
 
 UNSAID = {"User": "flctl-unsaid", "Port": "1", "IdentityFile": "none", "CertificateFile": "none"}
 """Put behind the user's file, of whose values the first one counts: what comes out was not said there."""

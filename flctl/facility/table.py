@@ -14,6 +14,8 @@ from flctl.errors import ConfigurationError
 
 T = TypeVar("T")
 
+_ADAPTERS: dict[Any, Any] = {}
+
 SECRET = re.compile(r"-----BEGIN [A-Z0-9 ]*-----|otpauth(-migration)?://", re.IGNORECASE)
 REFERENCES = "command:PROGRAM ARGUMENTS, file:PATH, env:NAME or keyring:SERVICE/NAME"
 
@@ -61,14 +63,24 @@ def load_table(path: Path, kind: type[T]) -> T:
     problems = [*_unknown(kind, data, ()), *_unfit(data, ())]
     if problems:
         raise refused(path, problems)
-    from pydantic import TypeAdapter, ValidationError
+    from pydantic import ValidationError
 
     try:
         # Through JSON, since strict types then still let an array be a tuple and a table a dataclass.
-        return TypeAdapter(kind).validate_json(json.dumps(data), strict=True)
+        read: T = _adapter(kind).validate_json(json.dumps(data), strict=True)
+        return read
     except ValidationError as error:
         problems = [f"{dotted(item['loc'])}: {_reason(item)}" for item in error.errors(include_url=False)]
         raise refused(path, problems) from None  # pydantic's own text repeats the values, secrets among them
+
+
+def _adapter(kind: Any) -> Any:
+    """Made once for each kind: it costs several milliseconds."""
+    if kind not in _ADAPTERS:
+        from pydantic import TypeAdapter
+
+        _ADAPTERS[kind] = TypeAdapter(kind)
+    return _ADAPTERS[kind]
 
 
 def refused(path: Path, problems: list[str]) -> ConfigurationError:

@@ -13,10 +13,10 @@ from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
 
 from flctl.errors import TransferFailed
-from flctl.facility.openssh import printable
 from flctl.facility.profile import Site
 from flctl.facility.rsync import PARTIAL, Carrier, remote, run
 from flctl.records import FileEntry
+from flctl.words import printable
 
 if TYPE_CHECKING:
     from flctl.facility.connection import Progress

@@ -4,9 +4,7 @@ import logging
 
 import paramiko
 
-from flctl.facility.openssh import printable
-
-AUTH_TIMEOUT = 60.0
+from flctl.words import printable
 
 # What paramiko thinks worth telling reaches the user as one of our errors.
 logging.getLogger("paramiko").addHandler(logging.NullHandler())

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from hashlib import sha256
 from pathlib import Path
 
+from flctl.durable import fsync_folders
 from flctl.errors import BudgetRefused, ConfigurationError
 from flctl.records import FileEntry
 
@@ -106,12 +107,7 @@ class Draft:
     def settle(self) -> None:
         """The names of the files, too, are on the disk for good. At the latest the end of `fresh_draft` sees to it."""
         self.settled = True
-        for folder, _, _ in os.walk(self.folder):
-            descriptor = os.open(folder, os.O_RDONLY)
-            try:
-                os.fsync(descriptor)
-            finally:
-                os.close(descriptor)
+        fsync_folders(self.folder)
 
     def close(self) -> None:
         self._flusher.shutdown()

@@ -15,7 +15,9 @@ import json
 import os
 import re
 import shlex
+import shutil
 import socket
+import subprocess
 import sys
 import time
 
@@ -23,7 +25,10 @@ SCHEMA = 1
 NOT_OWNER = 75
 WRONG_BASE = 76
 CHUNK = 1 << 20
+SAME_TASK = ("campaign_id", "site", "number", "work", "base", "steps", "global_step", "total_steps", "seed", "train")
 METRICS_MOST = 1 << 18
+NAMESPACE = "flctl-manifest"
+SIGNING_MOST = 60
 
 
 def sha256_of(path):
@@ -54,20 +59,63 @@ def folder_sha256(folder):
     return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
-def write_json(path, data):
-    """By temporary name, fsync and rename: a reader sees the whole record or none."""
+def write_json(path, data, key=""):
+    """By temporary name, fsync and rename: a reader sees the whole record or none, and its signature before it. With a
+    `key` the record says under `signed` whether it is, or why not."""
     draft = "%s.%d" % (path, os.getpid())
-    with open(draft, "w") as file:
-        json.dump(data, file, indent=1, sort_keys=True)
-        file.write("\n")
-        file.flush()
-        os.fsync(file.fileno())
+    write_draft(draft, dict(data, signed=True) if key else data)
+    problem = key and sign(draft, key)
+    if problem:
+        write_draft(draft, dict(data, signed=problem))
+    elif key:
+        os.rename(draft + ".sig", path + ".sig")
     os.rename(draft, path)
     folder = os.open(os.path.dirname(os.path.abspath(path)), os.O_RDONLY)
     try:
         os.fsync(folder)
     finally:
         os.close(folder)
+
+
+def write_draft(draft, data):
+    with open(draft, "w") as file:
+        json.dump(data, file, indent=1, sort_keys=True)
+        file.write("\n")
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def sign(path, key):
+    """Sign a file with OpenSSH 8.1 or newer, into <path>.sig; why that cannot be done, or an empty string."""
+    words = ["ssh-keygen", "-Y", "sign", "-n", NAMESPACE, "-f", key, path]
+    environment = dict(os.environ, SSH_ASKPASS_REQUIRE="never", LC_ALL="C")
+    environment.pop("SSH_AUTH_SOCK", None)
+    environment.pop("DISPLAY", None)
+    try:
+        # A session of its own has no terminal on which a passphrase could be asked for.
+        child = subprocess.Popen(
+            words,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            env=environment,
+            start_new_session=True,
+        )
+        try:
+            said = child.communicate(timeout=SIGNING_MOST)[1].decode("utf-8", "replace")
+        except subprocess.TimeoutExpired:
+            child.kill()
+            child.communicate()
+            return "not signed: ssh-keygen did not end in time"
+    except OSError as error:
+        return "not signed: ssh-keygen cannot be run: %s" % error.strerror
+    if child.returncode == 0 and os.path.exists(path + ".sig"):
+        with open(path + ".sig") as file:
+            os.fsync(file.fileno())
+        return ""
+    if "unknown option" in said or "illegal option" in said or "usage:" in said:
+        return "not signed: ssh-keygen is older than OpenSSH 8.1"
+    return "not signed: " + "".join(c if c.isprintable() else " " for c in said).strip()[-200:]
 
 
 def read_json(path):
@@ -157,6 +205,35 @@ def differs(folder, expected):
     return ""
 
 
+def take_checkpoint(run, order):
+    """The folder for the program's own checkpoint: what the last attempt at the same task left, moved here, else empty.
+    A copy of that attempt which still lives knows it by its old name only, so it has one writer."""
+    here = os.path.join(run, "checkpoint")
+    for attempt in range(order["attempt"] - 1, 0, -1):
+        before = os.path.join(os.path.dirname(os.path.abspath(run)), "%04d-%d" % (order["number"], attempt))
+        earlier = read_json(os.path.join(before, "order.json")) or {}
+        if all(earlier.get(key) == order.get(key) for key in SAME_TASK):
+            try:
+                os.rename(os.path.join(before, "checkpoint"), here)
+                return here
+            except OSError:
+                continue
+    if not os.path.isdir(here):
+        os.makedirs(here)
+    return here
+
+
+def progress_of(run):
+    """The whole number in the checkpoint's file `progress`: optimizer steps done; None without one."""
+    try:
+        descriptor = os.open(os.path.join(run, "checkpoint", "progress"), os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+        with os.fdopen(descriptor, "rb") as file:
+            text = file.read(32).strip()
+    except OSError:
+        return None
+    return int(text) if re.match(rb"^[0-9]{1,12}$", text) else None
+
+
 def environment(options, order, model, subjects, began):
     """The job's environment as shell lines."""
     out, state = os.path.join(options.run, "out"), os.path.join(options.workdir, "state")
@@ -169,6 +246,7 @@ def environment(options, order, model, subjects, began):
         ("FLCTL_OUT", out),
         ("FLCTL_DATA", options.data),
         ("FLCTL_STATE", state),
+        ("FLCTL_CHECKPOINT", take_checkpoint(options.run, order)),
         ("FLCTL_FROZEN", ""),
         ("FLCTL_ORDER", os.path.join(options.run, "order.json")),
         ("FLCTL_STEPS", order["steps"]),
@@ -229,6 +307,17 @@ def judge(options, order, metrics, files):
     return ""
 
 
+def cause_of(options, reason):
+    """Of what kind a failure is: `signal` (ended from outside), `base` (what it was to start from is not there, or not
+    what it should be), `program`."""
+    if not reason:
+        return ""
+    if options.signal:
+        return "signal"
+    problem = os.path.exists(os.path.join(options.run, "problem"))
+    return "base" if options.status == WRONG_BASE and problem else "program"
+
+
 def finish(options):
     owner = read_json(os.path.join(options.run, "owner")) or {}
     if owner.get("nonce") != options.nonce:
@@ -255,6 +344,8 @@ def finish(options):
             "work": order["work"],
             "outcome": "failed" if reason else "done",
             "reason": reason,
+            "cause": cause_of(options, reason),
+            "progress": progress_of(options.run),
             "exit_status": options.status,
             "base": base,
             "steps": counts.get("steps", 0),
@@ -268,7 +359,10 @@ def finish(options):
             "files": files,
             "metrics": metrics,
         },
+        options.sign,
     )
+    if not reason:
+        shutil.rmtree(os.path.join(options.run, "checkpoint"), ignore_errors=True)
     return 0
 
 
@@ -304,6 +398,7 @@ def main():
         if command is finish:
             sub.add_argument("--status", type=int, required=True)
             sub.add_argument("--signal", default="")
+            sub.add_argument("--sign", default="")
     options = parser.parse_args()
     if not options.command:
         parser.error("start, finish or revoke?")

@@ -1,10 +1,12 @@
 """A trainer that is not PyTorch: a small user of the job contract, for tests of everything around it.
 
-`train.behave` of the order says what it does: good | fail | nan | shape | missing | hang | silent; `train.scale` how
-far it goes at random, `train.shift` how far all values go in one direction."""
+`train.behave` of the order says what it does: good | fail | nan | shape | missing | hang | silent | die (with every
+process of its job); `train.scale` how far it goes at random, `train.shift` how far all values go in one direction;
+`train.step_seconds`: how long a step takes, each saved in its checkpoint."""
 
 import json
 import os
+import signal
 import sys
 import time
 from pathlib import Path
@@ -26,6 +28,16 @@ if behave == "fail":
     sys.exit(3)
 if behave == "hang":
     time.sleep(3600)
+if behave == "die":
+    os.killpg(os.getpgrp(), signal.SIGKILL)
+if "step_seconds" in order["train"]:
+    progress = Path(os.environ["FLCTL_CHECKPOINT"]) / "progress"
+    saved = int(progress.read_text()) if progress.exists() else 0
+    print("trainer: goes on from step", saved, flush=True)
+    for step in range(saved, int(os.environ["FLCTL_STEPS"])):
+        time.sleep(order["train"]["step_seconds"])
+        progress.with_suffix(".part").write_text(str(step + 1))
+        progress.with_suffix(".part").rename(progress)
 if behave == "silent":
     sys.exit(0)
 tensors = load_file(Path(os.environ["FLCTL_MODEL"]) / "model.safetensors")

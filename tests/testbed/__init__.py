@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any, Literal, Self
 
 from . import orchestrator, packages, python
+from .accounting import Accounting
 from .accounts import Account, account
 from .facility import Facility, toml
 from .procs import RUN, TestbedError, call, wait_until
@@ -89,6 +90,13 @@ class Testbed:
                     partitions=("qgpu", "qgpu_exp"),
                     first_job_id=5000,
                     min_job_age=MIN_JOB_AGE,
+                    accounting=Accounting(
+                        name="karolina" + _MARK,
+                        address=karolina,
+                        port=16823 + 100 * NUMBER,
+                        account="testbed",
+                        users=(f"flctl-kar{_MARK}",),
+                    ),
                 ),
                 sshd={"kind": "key"},
             ),

@@ -63,6 +63,7 @@ class Facility:
             "kind": self.sshd.kind,
             "key": str(key),
             "host_keys": [self.sshd.host_key_fingerprint],
+            "per_day": 100_000,
         }
         if self.sshd.kind == "key+totp":
             login["totp"] = {
@@ -83,7 +84,7 @@ class Facility:
                 "account": "testbed",
                 "partition": self.slurm.partitions[0],
                 "shape": "prod",
-                "accounting": False,
+                "accounting": self.slurm.accounting is not None,
             },
             "shapes": {"prod": {"nodes": 1, "gpus": 0, "walltime": "00:10:00"}},
             "storage": {"work": str(self.workdir), "data": str(self.data)},

@@ -14,7 +14,8 @@ NOTHING = f"auth required pam_deny.so\n{_AFTERWARDS}"
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Conversation:
     """Everything is asked before anything is refused. `password`: the account's password is asked for before the code;
-    `combined`: with it, in one question; `plain`: the code is asked for as "Password: ". `codes`: the modules' file."""
+    `combined`: with it, in one question; `plain`: the code is asked for as "Password: ". `rate_limit`: "3 30", at most 3 tries
+    within 30 s. `codes`: the modules' file."""
 
     codes: Path
     user: str
@@ -23,11 +24,12 @@ class Conversation:
     password: bool = False
     combined: bool = False
     plain: bool = False
+    rate_limit: str = ""
 
     @property
     def oath(self) -> bool:
-        """Whether pam_oath checks the codes; it knows two periods, and cannot ask for a password with the code."""
-        return self.period in (30, 60) and not self.combined
+        """Whether pam_oath checks the codes; it knows two periods, no limit, and cannot ask for a password with the code."""
+        return self.period in (30, 60) and not self.combined and not self.rate_limit
 
     @property
     def service(self) -> str:
@@ -53,7 +55,8 @@ class Conversation:
             return f"HOTP/T{self.period}/{self.digits} {self.user} - {secret.hex()}\n"
         if self.digits != 6:
             raise TestbedError("codes of 8 digits need a period of 30 or 60 s and a question of their own")
-        return f'{base32(secret)}\n" WINDOW_SIZE 3\n" DISALLOW_REUSE\n" TOTP_AUTH\n" STEP_SIZE {self.period}\n'
+        limit = f'" RATE_LIMIT {self.rate_limit}\n' if self.rate_limit else ""
+        return f'{base32(secret)}\n{limit}" WINDOW_SIZE 3\n" DISALLOW_REUSE\n" TOTP_AUTH\n" STEP_SIZE {self.period}\n'
 
 
 def secret_in(content: str) -> str:

@@ -148,6 +148,15 @@ class Daemon:
         _children[child.pid] = child
         self._record.write_text(f"{child.pid} {start_time(child.pid)}\n")
 
+    def freeze(self) -> None:
+        """SIGSTOP: its port takes connections, and nobody answers there."""
+        if self.pid is not None:
+            os.kill(self.pid, signal.SIGSTOP)
+
+    def thaw(self) -> None:
+        if self.pid is not None:
+            os.kill(self.pid, signal.SIGCONT)
+
     def failed(self) -> str:
         """Why it is not running: the end of its output."""
         return f"{self.name} does not run: {self.output.read_text(errors='replace')[-2000:] or 'it said nothing'}"

@@ -30,7 +30,7 @@ class Sshd:
 
     `user` is made if it does not exist. `client_key` is a private key that the server accepts (kind "certificate": with
     its certificate beside it); `authorize` adds others. Codes: a `period` of 30 or 60 s is checked by pam_oath, which
-    knows no other; any other by pam_google_authenticator. Both refuse a code used before.
+    knows no other; any other, and all with a `rate_limit`, by pam_google_authenticator. Both refuse a code used before.
 
     Kind "password+totp": keyboard-interactive asks for the account's password, then a code; "totp": for a code only.
     `plain_prompt`: the code of kind "totp" is asked for as "Password: ". `combined`: password and code are asked for
@@ -54,12 +54,13 @@ class Sshd:
         combined: bool = False,
         method: Literal["keyboard-interactive", "password"] = "keyboard-interactive",
         host_certificate: bool = False,
+        rate_limit: str = "",
     ) -> None:
         self.name, self.address, self.port, self.kind = name, address, port, kind
         self.user, self.period, self.digits, self.shell = user, period, 6, shell
         self.environment, self.options = dict(environment or {}), tuple(options)
         self.plain_prompt, self.combined, self.method = plain_prompt, combined, method
-        self.host_certificate = host_certificate
+        self.host_certificate, self.rate_limit = host_certificate, rate_limit
         self.folder = STATE / "sshd" / name
         self.service = f"flctl-sshd-{name}"
         self.log = self.folder / "log"
@@ -182,6 +183,7 @@ class Sshd:
             password=self.kind == "password+totp",
             combined=self.combined,
             plain=self.plain_prompt,
+            rate_limit=self.rate_limit,
         )
         _write(self._codes, conversation.secret(secret), 0o600)
         # PAM reads its file at each login: a running server need not be told.

@@ -6,17 +6,19 @@ from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
 
+from flctl import faults
 from flctl.campaign import shipped
 from flctl.campaign.config import Configuration
 from flctl.campaign.merge_files import sizes_of, state_files, state_name
 from flctl.campaign.merging import STATE
 from flctl.campaign.session import Place, Session
-from flctl.campaign.steps.attempt import attempt_name, remote_folder
+from flctl.campaign.steps.attempt import attempt_name, ordered, remote_folder
 from flctl.campaign.workspace import write_atomic
-from flctl.errors import ConfigurationError, TransferFailed
+from flctl.errors import ConfigurationError
+from flctl.facility.probe import space_commands, space_left
 from flctl.facility.script import job_script
-from flctl.facility.shell import MISSING, Answer, read_file
-from flctl.records import FileEntry, Order, Run, SiteMerge, Stage, Subject, Work, from_data, seed_of, to_data
+from flctl.facility.shell import MISSING, Answer, quote, read_file
+from flctl.records import FileEntry, Run, Stage, Work, from_data, seed_of, to_data
 
 SETTLING = 30.0
 """Seconds before a merge's walltime is over, on top of those for hashing, by which it must be complete."""
@@ -28,8 +30,7 @@ def deliver(session: Session, run: Run, configuration: Configuration) -> Run:
     """Base (or subjects), payload, job.sh and order.json are at the site, each verified there."""
     folder = session.workspace.attempt_folder(run)
     target = remote_folder(session, run)
-    write_atomic(folder / "job.sh", render_job(session, run).encode())
-    write_atomic(folder / "order.json", order_json(session, run, configuration))
+    script, order = render_job(session, run).encode(), order_json(session, run, configuration)
     # A second attempt trusts nothing: the first may have failed because something there is not what it was.
     places = _model_places(session, run)
     if run.order.merge is not None:
@@ -37,12 +38,35 @@ def deliver(session: Session, run: Run, configuration: Configuration) -> Run:
         session.place_all(places[:1], hashed=run.attempt > 1)
         _gather_own(session, run, places)
     session.place_all(places, hashed=run.attempt > 1)
-    answers = session.ask({"order": read_file(target / "order.json")})
-    if answers["order"].status == MISSING:
-        session.place(folder, [entry_of(folder / name) for name in ("job.sh", "order.json")], target, aside=False)
-        return replace(run, stage=Stage.DELIVERED)
-    session.note_read(target / "order.json", answers["order"].stdout)
-    return replace(_adopt(run, answers["order"]), stage=Stage.DELIVERED)
+    answers = session.ask(
+        {
+            "order": read_file(target / "order.json"),
+            "script": f"test -s {quote(target / 'job.sh')}",
+            "claim": f"test -e {quote(target / 'claim')}",
+            "space": space_commands(str(session.root))["space"],
+        }
+    )
+    _remember_space(session, answers["space"])
+    there = answers["order"].status != MISSING and bool(answers["order"].stdout)
+    if there:
+        faults.point("order-adopted", f"{run.site}/{attempt_name(run)}")
+        session.note_read(target / "order.json", answers["order"].stdout)
+        run, order = _adopt(run, answers["order"]), answers["order"].stdout.encode()
+        write_atomic(folder / "order.json", order)
+    # What nobody has claimed yet may be put there anew: a purge takes files, and leaves their folders.
+    if answers["claim"].status != 0 and not (there and answers["script"].status == 0):
+        write_atomic(folder / "job.sh", script)
+        write_atomic(folder / "order.json", order)
+        faults.point("attempt-place", f"{run.site}/{attempt_name(run)}")
+        session.place(folder, [entry_of(folder / name) for name in ("job.sh", "order.json")], target)
+        faults.point("attempt-placed", f"{run.site}/{attempt_name(run)}")
+    return replace(run, stage=Stage.DELIVERED)
+
+
+def _remember_space(session: Session, answer: Answer) -> None:
+    free, contact = space_left(answer), session.workspace.contact(session.site.name)
+    if free is not None:
+        session.workspace.save_contact(session.site.name, replace(contact, free=free * 1024))
 
 
 def render_job(session: Session, run: Run) -> str:
@@ -65,6 +89,12 @@ def render_job(session: Session, run: Run) -> str:
         raise ConfigurationError(
             f"{template} names no {{{{trainer}}}}, so its jobs cannot merge",
             hint='put it where the program is run, or merge here: aggregate_at = "" in flctl.toml',
+        )
+    if session.site.signing.signers and " --sign " not in script:
+        raise ConfigurationError(
+            f"{session.workspace.root / 'templates' / session.site.scheduler.kind}.sh signs no records, and "
+            f"sites/{run.site}.toml pins who must",
+            hint="let it call seal.py finish with --sign {{signing_key}}, as the template that flctl ships does",
         )
     return script
 
@@ -142,27 +172,7 @@ def _gather_own(session: Session, run: Run, places: list[Place]) -> None:
 def _adopt(run: Run, answer: Answer) -> Run:
     """The run as the site knows it: a folder that is already there was ordered by us before (the campaign's folder was
     rolled back or rebuilt), and the site's order wins over ours."""
-    try:
-        order = json.loads(answer.stdout)
-        adopted = Order(
-            site=run.site,
-            work=Work(order["work"]),
-            plan=run.order.plan,
-            base=order["base"]["version"],
-            round=order["round"],
-            steps=order["steps"],
-            global_step=order["global_step"],
-            total_steps=order["total_steps"],
-            subjects=tuple(from_data(Subject, item) for item in order.get("subjects", [])),
-            merge=from_data(SiteMerge, order["merge"]) if "merge" in order else None,
-        )
-    except (ValueError, KeyError, TypeError) as error:
-        raise TransferFailed(
-            f"order.json of run {attempt_name(run)} at the site cannot be read: {error!r}",
-            hint=f"look at the run's folder there, then flctl cancel {run.site}",
-            site=run.site,
-        ) from error
-    return replace(run, order=adopted)
+    return replace(run, order=ordered(run, answer.stdout, plan=run.order.plan))
 
 
 def entry_of(path: Path) -> FileEntry:

@@ -8,15 +8,19 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
+from flctl import faults
 from flctl.campaign.config import Configuration
 from flctl.campaign.merge_files import allowed, check_made, own_files
-from flctl.campaign.session import Session, clean
+from flctl.campaign.session import Session
 from flctl.campaign.steps.attempt import attempt_name, remote_folder
-from flctl.campaign.workspace import fsync_folder
+from flctl.durable import fsync_folders, move
 from flctl.errors import AggregationRefused, BudgetRefused, JobFailed
 from flctl.records import Contribution, FileEntry, Run, Stage, Work, folder_sha256, to_data
+from flctl.words import printable
 
 PLAIN_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,200}")
+HASH = re.compile(r"[0-9a-f]{64}")
+FILES_MOST = 10_000
 
 
 def fetch(session: Session, run: Run, configuration: Configuration) -> Run:
@@ -40,10 +44,13 @@ def fetch(session: Session, run: Run, configuration: Configuration) -> Run:
         session.bring(remote_folder(session, run) / "out", files, draft)
         session.report("checking", 0, 0)
         report = gate(draft, base, site=run.site)
+        _refuse_others(run, files, draft)
+        faults.point("gated", f"{run.site}/{attempt_name(run)}")
         carry(base, draft)
-        fsync_folder(draft)
-        draft.rename(folder / "out")
-        fsync_folder(folder)
+        fsync_folders(draft)
+        faults.point("out-rename", f"{run.site}/{attempt_name(run)}")
+        move(draft, folder / "out")
+        faults.point("out-renamed", f"{run.site}/{attempt_name(run)}")
     else:
         report = gate(folder / "out", base, site=run.site)
     entries = hash_folder(folder / "out")
@@ -68,10 +75,10 @@ def _fetch_merge(session: Session, run: Run, contribution: Contribution) -> Run:
     files = hash_folder(place)
     check_made(workspace, run, place, files)
     if place == draft:
-        for name, _, _ in os.walk(draft):
-            fsync_folder(Path(name))
-        draft.rename(out)
-        fsync_folder(folder)
+        fsync_folders(draft)
+        faults.point("merge-rename", f"{run.site}/{attempt_name(run)}")
+        move(draft, out)
+        faults.point("merge-renamed", f"{run.site}/{attempt_name(run)}")
     contribution = replace(contribution, files=files, sha256=folder_sha256(own_files(files)), gates=to_data(report))
     return replace(run, stage=Stage.FETCHED, contribution=contribution)
 
@@ -79,15 +86,23 @@ def _fetch_merge(session: Session, run: Run, contribution: Contribution) -> Run:
 def _allowed(
     run: Run, files: tuple[FileEntry, ...], configuration: Configuration, base: dict[str, Any]
 ) -> tuple[FileEntry, ...]:
-    """The files that may come back. Names that are no plain names, and more bytes than allowed, are refused."""
+    """The files that may come back. Names that are no plain names, or are there twice, what is no hash, and more bytes
+    than allowed, are refused."""
     chosen = tuple(entry for entry in files if any(fnmatch(entry.path, kind) for kind in configuration.fetch.kinds))
     for entry in chosen:
-        if not PLAIN_NAME.fullmatch(entry.path) or entry.size < 0:
+        if not PLAIN_NAME.fullmatch(entry.path) or entry.size < 0 or not HASH.fullmatch(entry.sha256):
             raise AggregationRefused(
-                f"the completion record names a file {clean(entry.path)!r}; only plain names are fetched",
+                f"the completion record names a file {printable(entry.path)!r} of {entry.size} bytes; only plain names "
+                "with a size and a sha256 are fetched",
                 hint=f"see what the trainer writes to FLCTL_OUT, then flctl retry {run.site}",
                 site=run.site,
             )
+    if len({entry.path for entry in chosen}) != len(chosen) or len(chosen) > FILES_MOST:
+        raise AggregationRefused(
+            f"the completion record names {len(chosen)} files, some of them twice or more of them than {FILES_MOST}",
+            hint=f"see what the trainer writes to FLCTL_OUT, then flctl retry {run.site}",
+            site=run.site,
+        )
     size, limit = sum(e.size for e in chosen), configuration.fetch.size_factor * sum(f["size"] for f in base["files"])
     if size > limit:
         raise BudgetRefused(
@@ -96,6 +111,22 @@ def _allowed(
             site=run.site,
         )
     return chosen
+
+
+def _refuse_others(run: Run, files: tuple[FileEntry, ...], folder: Path) -> None:
+    """What came must be the model and nothing else: no gate looks into a file that is no part of it, and it would go on
+    to other sites."""
+    from flctl.model.shards import open_shards
+
+    shards = open_shards(folder, site=run.site)
+    own = {shard.name for shard in shards.files} | {shards.index}
+    if others := [entry.path for entry in files if entry.path not in own]:
+        raise AggregationRefused(
+            f"the contribution brought {', '.join(others[:3])}, which no index names as a part of the model",
+            hint=f"let the trainer write nothing else of these kinds to FLCTL_OUT, then flctl retry {run.site}; "
+            "or leave it out with [fetch] kinds in flctl.toml",
+            site=run.site,
+        )
 
 
 def carry(base: Path, folder: Path, *, index: bool = False) -> None:

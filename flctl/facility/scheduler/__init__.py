@@ -4,7 +4,7 @@ Each scheduler gives the command for a POSIX shell at the site, and its twin rea
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import Protocol
 
@@ -27,7 +27,8 @@ class Activity(StrEnum):
 class Seen:
     """One job as a listing shows it. `state` is the scheduler's own word; times are Unix seconds on its clock.
     `expected_start` is an estimate of the scheduler's; `elapsed`: seconds that it ran so far; `never`: the scheduler's
-    words where it says that the job can never run as it is."""
+    words where it says that the job can never run as it is. `cluster`: its name where the scheduler tells it;
+    `cancelled_by`: the uid of who cancelled it, as accounting has it."""
 
     id: str
     name: str
@@ -40,6 +41,8 @@ class Seen:
     elapsed: float | None = None
     reason: str = ""
     never: str = ""
+    cluster: str = ""
+    cancelled_by: int | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,14 +74,16 @@ class Scheduler(Protocol):
     def refusal(self, text: str) -> str | None:
         """The scheduler's words on stderr if it definitely did not take the job; None when in doubt."""
 
-    def queue(self) -> str:
-        """One query for all jobs of this user, ended ones included while the scheduler still lists them."""
+    def queue(self, tokens: Sequence[str] = ()) -> str:
+        """One query for all jobs of this user, ended ones included while the scheduler still lists them; where it can
+        be asked for names, only for these: what other jobs are called cannot be taken for one of them then."""
 
     def seen(self, status: int, stdout: str, stderr: str) -> tuple[Seen, ...]:
         """The jobs in the answer to `queue`. Raises QueryFailed."""
 
-    def accounting(self, tokens: Sequence[str]) -> str | None:
-        """A query for jobs of these names that the queue has forgotten; None where there is no accounting."""
+    def accounting(self, tokens: Sequence[str], ids: Sequence[str | None] = ()) -> str | None:
+        """A query for jobs of these names that the queue has forgotten; None where there is no accounting. `ids`: what
+        is known of theirs, one each; what is no id is never part of a command."""
 
     def accounted(self, status: int, stdout: str, stderr: str) -> tuple[Seen, ...] | None:
         """The jobs in the answer to `accounting`; None if it turns out that there is none. Raises QueryFailed."""
@@ -108,6 +113,36 @@ class Scheduler(Protocol):
 
     def accounts_seen(self, status: int, stdout: str, stderr: str) -> tuple[str, ...] | None:
         """The answer to `accounts`; None if it turns out that it cannot tell. Raises QueryFailed."""
+
+
+def together(queue: Sequence[Seen], past: Sequence[Seen]) -> tuple[Seen, ...]:
+    """The jobs of a queue, each with what only accounting knows of it (an ended one's exit status with it), and those
+    that accounting alone knows. A name that the queue shows is its to tell: rows of accounting come late."""
+    rows = {(job.id, job.name): job for job in past}
+    names = {job.name for job in queue}
+    known = [
+        replace(
+            job,
+            cluster=job.cluster or row.cluster,
+            cancelled_by=row.cancelled_by,
+            reason="; ".join(dict.fromkeys(filter(None, (job.reason, row.reason if row.activity == "ended" else "")))),
+        )
+        if (row := rows.get((job.id, job.name)))
+        else job
+        for job in queue
+    ]
+    return (*known, *(job for job in past if job.name not in names))
+
+
+def is_known(kind: str, state: str) -> bool:
+    """Whether a state is one that the scheduler of that kind documents. Others count as ACTIVE."""
+    from flctl.facility.scheduler import local, qstat, slurm
+
+    if kind == "slurm":
+        return any(state in words for words in slurm.STATES.values())
+    if kind == "pbs":
+        return any(state in letters for letters in qstat.STATES.values())
+    return state in local.STATES
 
 
 def scheduler_of(site: Site, payload: str) -> Scheduler:

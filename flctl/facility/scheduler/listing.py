@@ -1,4 +1,5 @@
-"""Owns the one listing format: `id|STATE|submitted|started|ends|elapsed|reason|name`, a job per line, the name last."""
+"""Owns the one listing format: `id|STATE|submitted|started|ends|elapsed|reason|name`, a job per line, the name last.
+Accounting tells the cluster as well, before the name."""
 
 import re
 from collections.abc import Callable, Iterator
@@ -9,40 +10,44 @@ RECORD = re.compile(r"(\d+(?:[._+][\w\[\],%.:+-]+)?)\|(.*)", re.ASCII)
 """Ids as schedulers print them: 73, 73_4, 73_[2-3%1], 73+1 (heterogeneous), 1700000000.4711 (local)."""
 
 
-def jobs(stdout: str, activity: Callable[[str], Activity]) -> tuple[Seen, ...]:
-    """The jobs of a listing; the first line of an id counts. Raises QueryFailed on text that is no listing."""
-    found: dict[str, Seen] = {}
-    for fields in _records(stdout):
-        found.setdefault(fields[0], _job(fields, activity))
+def jobs(stdout: str, activity: Callable[[str], Activity], *, clusters: bool = False) -> tuple[Seen, ...]:
+    """The jobs of a listing; the first line of an id and its cluster counts. `clusters`: whether that is told. Raises
+    QueryFailed on text that is no listing."""
+    found: dict[tuple[str, str], Seen] = {}
+    for fields in _records(stdout, 9 if clusters else 8):
+        *told, name = fields
+        cluster = told.pop() if clusters else ""
+        found.setdefault((fields[0], cluster), _job(told, name, cluster, activity))
     return tuple(found.values())
 
 
-def _records(stdout: str) -> Iterator[list[str]]:
-    """The lines, split. A job's name may hold anything, also `|` and line ends: it comes last, and a line that is
-    no record continues the name before it."""
+def _records(stdout: str, width: int) -> Iterator[list[str]]:
+    """The lines, split into `width` fields. A job's name may hold anything, also `|` and line ends: it comes last, and
+    a line that is no record continues the name before it."""
     current: list[str] | None = None
     for line in stdout.splitlines():
         if match := RECORD.fullmatch(line):
-            fields = [match[1], *match[2].split("|", 6)]
-            if len(fields) != 8:
+            fields = [match[1], *match[2].split("|", width - 2)]
+            if len(fields) != width:
                 raise QueryFailed(f"a line of the listing is cut off: {line[:200]!r}")
             if current is not None:
                 yield current
             current = fields
         elif current is not None:
-            current[7] += "\n" + line
+            current[-1] += "\n" + line
         elif line.strip():
             raise QueryFailed(f"not a listing of jobs: {line[:200]!r}")
     if current is not None:
         yield current
 
 
-def _job(fields: list[str], activity: Callable[[str], Activity]) -> Seen:
-    job_id, words, submitted, starts, ends, elapsed, reason, name = fields
+def _job(fields: list[str], name: str, cluster: str, activity: Callable[[str], Activity]) -> Seen:
+    job_id, words, submitted, starts, ends, elapsed, reason = fields
     state = words.split(" ")[0].rstrip("+").upper()
     if not state:
         raise QueryFailed(f"the listing gives no state of job {job_id}")
     kind = activity(state)
+    cancelled = re.fullmatch(r"CANCELLED by ([0-9]{1,10})", words, re.ASCII)
     notes = [words if " " in words else "", reason if reason not in ("None", "0:0") else ""]
     return Seen(
         id=job_id,
@@ -55,6 +60,8 @@ def _job(fields: list[str], activity: Callable[[str], Activity]) -> Seen:
         expected_end=None if kind == Activity.ENDED else _moment(ends),
         elapsed=None if kind == Activity.WAITING else duration(elapsed),
         reason="; ".join(note for note in notes if note),
+        cluster=cluster,
+        cancelled_by=int(cancelled[1]) if cancelled else None,
     )
 
 

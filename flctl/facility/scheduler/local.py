@@ -43,7 +43,7 @@ class Local:
         words = [line.strip() for line in text.splitlines() if re.search(definite, line)]
         return "; ".join(words)[:500] or None
 
-    def queue(self) -> str:
+    def queue(self, tokens: Sequence[str] = ()) -> str:
         """No runs folder, no jobs: so it is before the first delivery, when batch.py is not there either."""
         return f"test ! -e {shlex.quote(self._runs)} || {self._batch('list', self._runs)}"
 
@@ -52,7 +52,7 @@ class Local:
             raise QueryFailed(f"batch.py ended with status {status}: {stderr.strip()[-300:] or 'without a word'}")
         return listing.jobs(stdout, activity_of)
 
-    def accounting(self, tokens: Sequence[str]) -> str | None:
+    def accounting(self, tokens: Sequence[str], ids: Sequence[str | None] = ()) -> str | None:
         return None  # batch.py never forgets a job
 
     def accounted(self, status: int, stdout: str, stderr: str) -> tuple[Seen, ...] | None:

@@ -63,7 +63,7 @@ class Pbs:
         found = DEFINITE.search(text)
         return " ".join(text[found.start() :].partition("\nusage:")[0].split())[:500] if found else None
 
-    def queue(self) -> str:
+    def queue(self, tokens: Sequence[str] = ()) -> str:
         """The ids of this user's jobs, then these jobs: `qstat -u` shows no more than a table that cuts names off, and
         without a user qstat lists the whole machine. -x with ids says nothing of any job where no history is kept; so
         it is left out where the history, in which live jobs are as well, is empty."""
@@ -79,7 +79,7 @@ class Pbs:
         _check(status, stderr)
         return qstat.jobs(stdout)
 
-    def accounting(self, tokens: Sequence[str]) -> str | None:
+    def accounting(self, tokens: Sequence[str], ids: Sequence[str | None] = ()) -> str | None:
         if not self.history:
             return None
         names = " ".join(shlex.quote(token) for token in tokens)

@@ -13,6 +13,8 @@ ME = '--user="$(id -un)"'
 FORMAT = "%i|%T|%V|%S|%e|%M|%r|%j"
 """As listing reads it. %S of a job that waits is Slurm's estimate; %M is the time that it ran, without suspensions."""
 
+ID = re.compile(r"[0-9]{1,10}", re.ASCII)
+
 NODES = r"infinite|[0-9]{1,9}(?:-(?:[0-9]{1,9}|infinite))?"
 
 FILTERS = "SQUEUE_ACCOUNT SQUEUE_FORMAT2 SQUEUE_LICENSES SQUEUE_NAMES SQUEUE_PARTITION SQUEUE_QOS SQUEUE_USERS"
@@ -99,9 +101,10 @@ class Slurm:
         words = [line.strip() for line in text.splitlines() if DEFINITE.search(line)]
         return "; ".join(words)[:500] or None
 
-    def queue(self) -> str:
+    def queue(self, tokens: Sequence[str] = ()) -> str:
         """-a: hidden partitions too. Times as Unix seconds, since only the site knows the zone of its local time."""
-        return f"(unset {FILTERS}; SLURM_TIME_FORMAT=%s squeue -h -a -t all {ME} -o '{FORMAT}')"
+        only = f" --name={shlex.quote(','.join(tokens))}" if tokens else ""
+        return f"(unset {FILTERS}; SLURM_TIME_FORMAT=%s squeue -h -a -t all {ME}{only} -o '{FORMAT}')"
 
     def seen(self, status: int, stdout: str, stderr: str) -> tuple[Seen, ...]:
         """An unknown user gets an empty listing and exit status 0, but an error on stderr."""
@@ -113,20 +116,25 @@ class Slurm:
         hopeless = NEVER.fullmatch(job.reason) or (self.one_partition and NEVER_THERE.fullmatch(job.reason))
         return replace(job, never=job.reason) if hopeless and job.activity == Activity.WAITING else job
 
-    def accounting(self, tokens: Sequence[str]) -> str | None:
-        """Without a start time sacct looks at today only. -X: jobs, not their steps."""
+    def accounting(self, tokens: Sequence[str], ids: Sequence[str | None] = ()) -> str | None:
+        """Without an id sacct shows no job that was never eligible (cancelled while held, or while it waited for
+        another), without a start time today's only, without an end time none that is eligible later. An id alone names
+        nothing: they start again where a controller lost its state. -X: jobs, not their steps. Rows come a second or
+        more after the submission. The user's own only: root is shown everybody's."""
         if not self.accounted_for:
             return None
+        known = [job_id for job_id in ids if job_id and ID.fullmatch(job_id)]
+        which = f"-j {','.join(known)}" if known and len(known) == len(tokens) else "-S now-30days -E now+365days"
         names = shlex.quote(",".join(tokens))
-        fields = "JobID,State,Submit,Start,End,ElapsedRaw,ExitCode,JobName"
-        return f"SLURM_TIME_FORMAT=%s sacct -n -P -X -S now-30days --name={names} --format={fields}"
+        fields = "JobID,State,Submit,Start,End,ElapsedRaw,ExitCode,Cluster,JobName"
+        return f"SLURM_TIME_FORMAT=%s sacct -n -P -X {which} {ME} --name={names} --format={fields}"
 
     def accounted(self, status: int, stdout: str, stderr: str) -> tuple[Seen, ...] | None:
         if re.search(r"accounting storage is disabled|sacct[^\n]*not found", stderr, re.IGNORECASE):
             return None
         if status != 0 or re.search(r"^(?:sacct|slurm\w*)\b.*\b(?:error|fatal)\b", stderr, re.MULTILINE):
             raise QueryFailed(_words("sacct", status, stderr))
-        return listing.jobs(stdout, activity_of)
+        return listing.jobs(stdout, activity_of, clusters=True)
 
     def cancel(self, token: str, job_id: str | None) -> str:
         """By name only: ids start again where a controller lost its state, and the id may be another job's by now."""

@@ -1,0 +1,135 @@
+"""Owns `flctl adopt`: a campaign's folder, or its damaged records, made anew from what the sites know; take-overs."""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from flctl.campaign import adoption, driver
+from flctl.campaign.config import load_profile
+from flctl.campaign.creation import LABEL, frame
+from flctl.campaign.session import Session
+from flctl.campaign.workspace import Workspace, write_atomic
+from flctl.errors import ConfigurationError, FlctlError, Interrupted, LoginTooSoon, UsageError
+from flctl.records import Model, Run
+
+if TYPE_CHECKING:
+    from flctl.campaign.engine import Engine
+
+T = TypeVar("T")
+
+LOST = (
+    "the journal's lines from before now",
+    "how the models before this one were made, and the contributions to them: flctl verify begins here",
+    "what a rule of aggregation remembers (momentum, variance), unless a site merges",
+    "the plan, and what was set in flctl.toml: look through it before flctl round",
+)
+"""What the sites cannot tell."""
+
+
+@dataclass(slots=True, kw_only=True)
+class Adopted:
+    """What was taken back. `model`: the one that was brought, and the site that it came from; `runs`: what is known now
+    and was not; `aside`: damaged records, by their new names; `driver`: the epoch that began; `unasked`: sites that
+    could not be asked, and why."""
+
+    model: tuple[Model, str] | None = None
+    runs: list[Run] = field(default_factory=list)
+    aside: list[Path] = field(default_factory=list)
+    epoch: int = 0
+    unasked: list[tuple[str, FlctlError]] = field(default_factory=list)
+
+
+def new_folder(folder: Path, label: str, profiles: dict[str, str], seed: int) -> Workspace:
+    """A campaign's folder without a model, of the name and id that its folders at the sites have."""
+    match = LABEL.fullmatch(label)
+    if match is None:
+        raise UsageError(
+            f"--id {label} is no NAME-ID of a campaign",
+            hint="it is the name of the campaign's folder in storage.work at each site, as demo-1f2e3d4c",
+        )
+    return frame(folder, name=match[1], id_=match[2], profiles=profiles, seed=seed)
+
+
+def adopt(engine: "Engine", *, takeover: bool) -> Adopted:
+    """Take back what the sites know and this folder does not. `takeover`: this host becomes the campaign's driver."""
+    workspace, found = engine.workspace, Adopted()
+    if not takeover:
+        driver.ours(workspace)
+    names = list(workspace.profiles)
+    with workspace.lock_campaign():
+        found.aside = adoption.set_aside(workspace)
+        seen = _each(engine, names, driver.look, found, equip=False)
+        if takeover:
+            found.epoch = driver.take_over(workspace, list(seen.values())).epoch
+        if not workspace.models():
+            _bring_model(engine, seen, found)
+        before = workspace.runs()
+        _each(engine, seen, lambda session: None, found, equip=True)
+        found.runs = [run for run in workspace.runs() if run not in before]
+    return found
+
+
+def _each(
+    engine: "Engine", names: Iterable[str], do: Callable[[Session], T], found: Adopted, *, equip: bool
+) -> dict[str, T]:
+    """Do something at each site; those where it fails are told in `found`."""
+    done: dict[str, T] = {}
+    for name in names:
+        try:
+            profile = load_profile(engine.workspace, name)
+            with engine.workspace.lock_site(name) as lock:
+                done[name] = do(engine.access.session(profile, lock, equip=equip))
+        except (Interrupted, LoginTooSoon):
+            raise
+        except FlctlError as error:
+            found.unasked.append((name, error))
+    return done
+
+
+def _bring_model(engine: "Engine", seen: dict[str, driver.Seen], found: Adopted) -> None:
+    """The newest version that a site holds whole, and flctl.toml as far as the orders tell it. ConfigurationError if
+    there is none."""
+    workspace = engine.workspace
+    orders: list[tuple[str, dict[str, Any]]] = []
+
+    def read(session: Session) -> None:
+        name = session.site.name
+        orders.extend((name, there.order) for there in adoption.whats_there(session, seen[name].attempts))
+
+    _each(engine, seen, read, found, equip=False)
+    _fill_in(workspace, orders)
+    for version, (digest, steps) in adoption.bases(orders).items():
+
+        def bring(session: Session, wanted: tuple[int, str, int] = (version, digest, steps)) -> None:
+            if not workspace.has_model(wanted[0]) and adoption.bring_model(session, *wanted):
+                found.model = (workspace.newest_model(), session.site.name)
+
+        _each(engine, seen, bring, found, equip=False)
+        if found.model:
+            return
+    raise ConfigurationError(
+        f"no site has a whole model of {workspace.label}, so there is nothing to go on from",
+        hint=f"put a copy of the campaign's models/NNNN into {workspace.root / 'models'}, then flctl adopt again"
+        + "".join(f"; {name}: {error.message}" for name, error in found.unasked),
+    )
+
+
+def _fill_in(workspace: Workspace, orders: list[tuple[str, dict[str, Any]]]) -> None:
+    """[train] as the newest orders have it, but for what a site's own profile says, and cross-evaluation."""
+    from flctl.campaign.creation import toml_lines
+
+    train: dict[str, Any] = {}
+    for name, order in sorted(orders, key=lambda item: int(item[1].get("round", 0))):
+        if order.get("work") == "train" and isinstance(order.get("train"), dict):
+            own = load_profile(workspace, name).train
+            train |= {key: value for key, value in order["train"].items() if key not in own}
+            train["steps"] = order.get("steps", train.get("steps"))
+    path = workspace.root / "flctl.toml"
+    text = path.read_text(encoding="utf-8")
+    head, tail = text.split("[train]", 1)
+    rest = tail[tail.index("\n[evaluation]") :]
+    if any(order.get("work") == "evaluate" for _, order in orders):
+        rest = rest.replace("cross = false", "cross = true")
+    note = tail.split("\n", 1)[0]
+    write_atomic(path, f"{head}[train]{note}\n{toml_lines(train)}\n{rest}".encode())

@@ -1,0 +1,34 @@
+"""Owns how long flctl waits for a site, in seconds: a peer that has fallen silent is noticed within 90, whatever was
+under way. A long quiet command is no silence: its host answers when it is asked whether it is alive."""
+
+CONNECT = 20
+"""For one address to take a connection; for the greeting and the exchange of keys; for a channel."""
+
+CONNECT_ALL = 60.0
+"""For one of the addresses of a host to take a connection."""
+
+AUTH = 60.0
+"""For a server's answer to one proof of who we are."""
+
+LOGIN = 80.0
+"""For the system's ssh to be let in with all its questions answered, from its start."""
+
+ALIVE_INTERVAL, ALIVE_COUNT = 15, 4
+"""How often a peer is asked whether it is alive, and how many questions it may leave unanswered. OpenSSH gives up when
+the next one would be due, after 75 s, and after their product while keys are exchanged and it logs in; our own
+connections give up after 60 s. rsync's --timeout does not notice a black hole, and nothing in paramiko does."""
+
+SESSION = 5.0
+"""For a server that allows one session at a time to see that the last one has ended."""
+
+ENDING = 15.0
+"""For the exit status of a program whose output has ended."""
+
+IDLE = 600
+"""Without any data, after which rsync gives up."""
+
+SLOW_WINDOW, SLOW_BYTES = 1800.0, 4 << 20
+"""A transfer that moves less than so many bytes in so many seconds (2.3 KB/s) is given up: the link is of no use."""
+
+PERSON = 300.0
+"""For a person to answer a server's questions; most servers hang up after 120."""

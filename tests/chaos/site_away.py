@@ -1,0 +1,114 @@
+"""Row "site away": the sshd of one site is gone for a day, the other's runs go on, and all is made good by itself.
+
+The day is simulated: flctl runs under libfaketime, whose clock is put forward before each tick, so that its own pauses,
+polls and limits count as they are; sshd, Slurm and the jobs have the real clock. So that no one-time code depends on
+either, both sites are entered by key here. Only `campaign tick` moves the campaign.
+"""
+
+import contextlib
+import random
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+from tests.chaos.etiquette import testbed
+from tests.chaos.results import Result
+from tests.federation import SITES, Federation
+from tests.testbed import NUMBER, Testbed
+from tests.testbed.sshd import Sshd
+
+DAY = 24 * 3600
+STEP, SAMPLE_STEP = 300, 3600
+"""Simulated seconds between two ticks, in the full aim and in a sample."""
+ROUNDS = 2
+CASES = ("before its first login", "while its job runs")
+[LIBRARY] = Path("/usr/lib").glob("*/faketime/libfaketime.so.1")
+
+
+def run(*, seed: int, trials: int | None = None, bed: Testbed | None = None) -> Result:
+    """`trials` None: every case, with a tick every five simulated minutes."""
+    began, notes, tries = time.monotonic(), list[str](), list[int]()
+    cases = list(CASES)
+    if trials is not None:
+        random.Random(seed).shuffle(cases)
+        cases = [cases[number % len(cases)] for number in range(trials)]
+    with contextlib.ExitStack() as stack:
+        bed = bed or stack.enter_context(testbed())
+        for case in cases:
+            found, tried = trial(bed, case, STEP if trials is None else SAMPLE_STEP)
+            notes += [f"away {case}: {note}" for note in found]
+            tries.append(tried)
+    figures = {"away": "24 h (simulated)", "tries": max(tries), "worst": f"{max(tries)} tries to connect in 24 h"}
+    seconds = time.monotonic() - began
+    return Result(
+        row="site away", trials=len(cases), failures=len(notes), seconds=seconds, figures=figures, notes=notes
+    )
+
+
+class Clock:
+    """flctl's clock, `ahead` seconds of the real one."""
+
+    def __init__(self, federation: Federation) -> None:
+        self.federation, self.ahead = federation, 0.0
+
+    def tick(self, forward: float = 0.0) -> None:
+        self.ahead += forward
+        fake = {"LD_PRELOAD": str(LIBRARY), "FAKETIME": f"+{self.ahead:.0f}s", "FAKETIME_DONT_FAKE_MONOTONIC": "1"}
+        self.federation.flctl("campaign", "tick", env=fake, timeout=300)
+
+
+def trial(bed: Testbed, case: str, step: float) -> tuple[list[str], int]:
+    """What went wrong, and how often flctl found the site away."""
+    bed.reset()
+    notes = list[str]()
+    with by_key(bed):
+        train = {"seconds": 5}
+        federation = Federation(bed, "away", karolina={"train": train}, leonardo={"train": train})
+        clock, sshd = Clock(federation), bed.facilities["karolina"].sshd
+        started = federation.flctl("campaign", "start", "--rounds", str(ROUNDS), "--sites", ",".join(SITES))
+        assert started.returncode == 0, started.stderr
+        if case == CASES[1]:
+            federation.wait(lambda: clock.tick() or federation.jobs_started("karolina"))
+        sshd.stop()
+        try:
+            began = clock.ahead
+            while clock.ahead < began + DAY:
+                clock.tick(step)
+            if federation.run("leonardo").get("stage") != "fetched":
+                notes.append(f"the other site's run is {federation.run('leonardo').get('stage')}")
+        finally:
+            sshd.start(fresh=False)
+        limit = time.monotonic() + 180
+        while federation.json("status")["data"]["model"]["version"] < ROUNDS and time.monotonic() < limit:
+            clock.tick(60)
+            time.sleep(0.2)
+        if (made := federation.json("status")["data"]["model"]["version"]) != ROUNDS:
+            notes.append(f"model {made} of {ROUNDS} three minutes after its return")
+        for site in SITES:
+            if (trained := federation.jobs_started(site)) != ROUNDS:
+                notes.append(f"{site} trained {trained} times in {ROUNDS} rounds")
+        troubles = [entry for entry in federation.journal() if entry["event"] == "trouble"]
+    return notes, sum(entry["site"] == "karolina" for entry in troubles)
+
+
+@contextlib.contextmanager
+def by_key(bed: Testbed) -> Iterator[None]:
+    """Leonardo without codes, by another sshd of the same account."""
+    usual = bed.facilities["leonardo"]
+    environment = {**usual.slurm.environment, "WORK": str(usual.workdir)}
+    server = Sshd(
+        name=f"away{NUMBER or ''}",
+        address="127.0.92.1",
+        port=24200 + NUMBER,
+        user=usual.account_name,
+        environment=environment,
+        kind="key",
+    )
+    with server:
+        server.authorize(bed.key.with_suffix(".pub").read_text())
+        bed.facilities["leonardo"] = replace(usual, sshd=server)
+        try:
+            yield
+        finally:
+            bed.facilities["leonardo"] = usual
