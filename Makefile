@@ -55,12 +55,10 @@ fuzz: setup-test
 # Faults on purpose, see docs/reliability.md. chaos: a seeded sample of every row, under an hour. chaos-all: a part of the
 # full aims, under 90 minutes each, what this commit has done already left out. Both add to tests/chaos/results.jsonl.
 chaos: setup-test testbed-packages
-	@$(BIN)/python -m tests.chaos sample --seed $(or $(SEED),1)
-	@$(BIN)/python -m tests.chaos table
+	@$(BIN)/python -m tests.chaos sample --seed $(or $(SEED),1); status=$$?; $(BIN)/python -m tests.chaos table; exit $$status
 
 chaos-all: setup-test testbed-packages
-	@$(BIN)/python -m tests.chaos all --part $(or $(PART),1/1)
-	@$(BIN)/python -m tests.chaos table
+	@$(BIN)/python -m tests.chaos all --part $(or $(PART),1/1); status=$$?; $(BIN)/python -m tests.chaos table; exit $$status
 
 chaos-table: setup-test
 	@$(BIN)/python -m tests.chaos table

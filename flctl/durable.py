@@ -62,6 +62,7 @@ def write_whole(path: Path, content: bytes) -> None:
 def move(draft: Path, target: Path) -> None:
     """Give a file or folder, whose content is durable, its final name for good. OSError."""
     draft.rename(target)
+    faults.point("moved", "/".join(target.parts[-3:]))
     fsync_folder(target.parent)
 
 

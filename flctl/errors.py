@@ -12,7 +12,7 @@ FlctlError                 1  internal: a defect of flctl
 |-- TransferFailed         7  rsync failed, or a hash differs
 |-- AggregationRefused     8  a contribution that may not be averaged, or too few of them
 |-- BudgetRefused          9  a budget or a quota would be exceeded
-|-- Locked                10  another flctl holds the lock for more than 5 s
+|-- Locked                10  another flctl holds the lock for more than 5 s, or another host drives the campaign
 |-- WaitElapsed           11  --wait ran out
 |-- HostKeyRefused        12  unknown or changed host key
 `-- Interrupted          130  Ctrl-C, SIGTERM, SIGHUP

@@ -135,7 +135,8 @@ class Job:
     that it ran, as the scheduler counts them; `never`: its words where it says that the job can never run, seen first
     at `never_at` (ours). `rate` and `walltime`: node-hours charged per hour, and seconds, as the budget admitted it.
     A job is who it is by `cluster`, `id`, `submitted_at` (the scheduler's clock) and its name, the token. `again_at`:
-    first look (ours) at which it waited although it had started, or could not be launched. `progress`: optimizer
+    first look (ours) at which it waited although it had started, or could not be launched; `launched_at`: its last
+    start as the scheduler has it. `progress`: optimizer
     steps in the program's own checkpoint. `cancelled_by`: uid of who cancelled the job, as accounting has it.
     `ending`: why a person had flctl end this attempt, and `revoked` whether flctl gave it up by itself, both written
     before the site is told."""
@@ -158,6 +159,7 @@ class Job:
     cluster: str = ""
     submitted_at: float | None = None
     again_at: float | None = None
+    launched_at: float | None = None
     progress: int | None = None
     cancelled_by: int | None = None
     ending: str = ""

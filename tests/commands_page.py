@@ -22,21 +22,22 @@ As `--help` prints them. The campaign of a command is `-C DIR`, else `$FLCTL_CAM
 | 5 | a site cannot be reached |
 | 6 | a job failed, or was refused by the scheduler |
 | 7 | a transfer failed, or a hash differs |
-| 8 | aggregation refused: a contribution that may not be averaged, or too few of them |
+| 8 | aggregation refused: a contribution that may not be averaged, or too few of them; `verify`, `audit`: something is not what was recorded |
 | 9 | a budget or quota would be exceeded |
-| 10 | another flctl has held the lock for more than 5 s |
+| 10 | another flctl holds the lock for more than 5 s, or moves the campaign now, or another host drives it |
 | 11 | `--wait` ran out |
 | 12 | unknown or changed host key |
 | 130 | interrupted |
 
 Of several, the first of 130, 1, 3, 12, 4, 5, 9, 7, 6, 8, 11 counts. With `--json` (`round`, `plan`, `status`, `aggregate`, `verify`,
-`site list`, `site show`, `site test`, `site stage`, `auth test`, `login --status`, `campaign tick`) stdout is one object: `schema_version`, `command`, `status` (`ok`, `partial`: done, but something failed on the way, `error`),
+`audit`, `gc`, `site list`, `site show`, `site test`, `site stage`, `auth test`, `login --status`, `campaign tick`) stdout is one object: `schema_version`, `command`, `status` (`ok`, `partial`: done, but something failed on the way, `error`),
 `exit_code`, `data`, and `errors`, each with `code`, `site`, `message`, `hint`. `data` of `status` holds `campaign`, `model`
-(`version`, `path`, `sha256`, `warnings` of the gates, `privacy`) and `runs` (`site`, `number`, `attempt`, `work`, `base`, `round`, `stage`, `held`, `job_id`, `steps`,
+(`version`, `path`, `sha256`, `warnings` of the gates, `privacy`), `space` (`site`, `free`, `per_round`, `rounds`), `warnings` and `runs` (`site`, `number`, `attempt`, `work`, `base`, `round`, `stage`, `held`, `job_id`, `steps`,
 `samples`, `queue_seconds`, `train_seconds`, `progress`: steps in its checkpoint, `attempts`: earlier ones, each with `cause` and `reason`, `note`); that of `round` and `campaign tick` the same with `done` and `waiting`; that of
 `aggregate` the model's `path`, `sha256` and `bytes`, `seconds`, `contributions` (`site`, `path`, `weight`, `coefficient`), `state`,
 `threads`, `ranks` and `notes`; that of `verify` `version`, `agrees`, `rebuilt`, and the files `differing`, `missing` and `remade`;
-that of `plan` `first`, `target`, `steps`, `privacy`, `scripts` (paths) and `sites` (each with `node_hours_round`, `node_hours_plan`, `used`,
+that of `audit` `differences` (`file`, `round`, `what`), `notes`, `crossings` (`site`, `direction`, `round`, `kind`, `files`, `bytes`), `logins`,
+`head`, `models`, `collected`, `lines`, `files`, `bytes`; that of `gc` `dry_run` and `items` (`site`, `path`, `bytes`); that of `plan` `first`, `target`, `steps`, `privacy`, `scripts` (paths) and `sites` (each with `node_hours_round`, `node_hours_plan`, `used`,
 `budget`, `bytes_out`, `bytes_in`, `resident`, `logins`, `free`, `need`, `told`, `notes`, `problems`); that of `site list` `sites` (`name`, `title`,
 `login`, `person`, `scheduler`, `transfer`, `checked`, `questions`, `fill_in`, `path`); that of `site show` the same for one, with `shipped` and
 `profile` (all keys, times in seconds); that of `login --status` `connections` (`site`, `host`, `since`, `until`, `alive`); that of `site

@@ -94,10 +94,11 @@ def test_a_lost_folder_is_rebuilt_from_the_sites_and_the_round_goes_on_without_t
 
 
 def test_a_folder_without_a_model_at_any_site_cannot_be_rebuilt_and_that_is_said(single: Campaign) -> None:
-    answer = single.flctl("adopt", str(single.root / "new"), "--sites", str(single.root / "pisa.toml"), "--id", "camp-00ff00ff")  # fmt: skip
+    profile = str(single.root / "pisa.toml")
+    answer = single.flctl("adopt", str(single.root / "new"), "--sites", profile, "--id", "camp-00ff00ff")
     assert answer.returncode == 3
     assert "no site has a whole model of camp-00ff00ff" in answer.stderr
-    wrong = single.flctl("adopt", str(single.root / "other"), "--sites", str(single.root / "pisa.toml"), "--id", "camp")
+    wrong = single.flctl("adopt", str(single.root / "other"), "--sites", profile, "--id", "camp")
     assert wrong.returncode == 2
 
 
@@ -259,3 +260,18 @@ def test_a_tick_beside_a_working_one_is_busy_at_once(single: Campaign) -> None:
         holder.kill()
         holder.communicate()
     assert single.flctl("campaign", "tick").returncode == 0
+
+
+def test_what_privacy_an_adopted_model_cost_counts_as_unknown(single: Campaign) -> None:
+    """No epsilon is stated for its successors: what was spent is told by nobody."""
+    from flctl.campaign.privacy import multipliers
+    from flctl.campaign.workspace import Workspace
+
+    single.json("round")
+    single.flctl("campaign", "start", "--rounds", "1")
+    single.flctl("campaign", "tick")
+    profile, label = shutil.copy(single.place / "sites" / "pisa.toml", single.root), single.remote("pisa").name
+    new = single.root / "new"
+    single.wait(lambda: (single.remote("pisa") / "runs" / "0002-1" / "done.json").exists())
+    assert single.flctl("adopt", str(new), "--sites", profile, "--id", label, at=single.root).returncode == 0
+    assert multipliers(Workspace(new), 1) == {1: 0.0}

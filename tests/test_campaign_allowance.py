@@ -82,6 +82,16 @@ class Coded(SshCampaign):
         record = {key: value for key, value in self.contact().items() if key != "check"}
         (self.place / "runs" / self.name / "contact.json").write_text(json.dumps(record | {"due": 0.0}))
 
+    def tick_until_in(self) -> None:
+        """Tick until the site was reached and has its order. A busy machine may miss the end of a time step."""
+
+        def reached() -> bool:
+            early_in_a_step()
+            self.tick()
+            return bool(self.run(self.name)["stage"] != "ordered")
+
+        self.wait(reached, limit=240, what="the site is reached")
+
     def failed(self) -> int:
         """Failed codes and keys that the server has seen since the campaign was made."""
         seen = self.server.attempts(self.since)
@@ -111,8 +121,8 @@ def test_whatever_is_typed_after_a_refused_code_nothing_more_is_sent(coded: Sshd
     assert camp.server.attempts(camp.since).connections == 1
     assert f"{camp.name} is HELD" in camp.flctl("status").stdout
 
-    other = SshCampaign(tmp_path / "other", coded, per_day=12) if (tmp_path / "other").mkdir() is None else None
-    assert other is not None
+    (tmp_path / "other").mkdir()
+    other = SshCampaign(tmp_path / "other", coded)
     profile = camp.place / "sites" / f"{camp.name}.toml"
     (other.place / "sites" / f"{camp.name}.toml").write_text(profile.read_text())
     told = other.json("auth", "test", camp.name, code=4)["errors"][0]
@@ -123,9 +133,8 @@ def test_whatever_is_typed_after_a_refused_code_nothing_more_is_sent(coded: Sshd
     early_in_a_step()
     code_file(tmp_path, coded.totp_secret)
     assert camp.flctl("release").returncode == 0
-    camp.tick(0)
+    camp.tick_until_in()
     assert camp.failed() == 1
-    assert camp.run(camp.name)["stage"] != "ordered"
     camp.flctl("cancel")
     camp.clear()
 
@@ -195,12 +204,7 @@ def test_a_rate_limit_is_no_bad_code_and_the_campaign_comes_back_by_itself(
     camp.tick(0)
     assert google.attempts(since).connections == 0, "not before the cool-down is over"
 
-    def in_again() -> bool:
-        early_in_a_step()
-        camp.tick()
-        return bool(camp.run(camp.name)["stage"] != "ordered")
-
-    camp.wait(in_again, limit=90, what="the rate limit is over")
+    camp.tick_until_in()
     assert camp.contact()["trouble"] is None
     assert google.attempts(camp.since).codes == 1
     camp.flctl("cancel")

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -186,6 +187,31 @@ def test_a_kill_while_an_attempt_is_given_up_leaves_one_successor(single: Campai
     run = single.run("pisa")
     assert [past["cause"] for past in run["past"]] == ["lost"] * (run["attempt"] - 1)
     assert single.attempts("pisa") == [f"0001-{number}" for number in range(1, run["attempt"] + 1)]
+
+
+def test_a_state_that_nobody_knows_is_no_end_and_is_journaled_once(single: Campaign) -> None:
+    single.profile("pisa", behave="hang")
+    single.flctl("campaign", "start", "--rounds", "1")
+    single.flctl("campaign", "tick")
+    single.wait(lambda: single.submissions("pisa") == 1, what="the job")
+    single.profile("pisa")
+    single.kill_job("pisa")
+    card = single.remote("pisa") / "runs" / "0001-1" / "job.card"
+    known = card.read_text()
+    card.write_text(json.dumps(json.loads(known) | {"state": "ASTRAY"}))
+
+    def looks() -> int:
+        single.json("campaign", "tick")
+        return len([entry for entry in single.journal() if entry["event"] == "unknown state"])
+
+    single.wait(looks, what="a look")
+    for _ in range(3):
+        time.sleep(1)
+        assert looks() == 1
+    assert single.run("pisa")["stage"] == "running"
+    card.write_text(known)
+    assert single.json("round")["data"]["model"]["version"] == 1
+    assert ended(single) == [(1, "lost")]
 
 
 def a_run(cause: Cause | None, *past: Attempt, progress: int | None = None) -> Run:

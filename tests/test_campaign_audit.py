@@ -236,6 +236,22 @@ def test_a_log_is_capped_journaled_and_shown_without_control_characters(tmp_path
     assert total(campaign.json("audit")["data"]["crossings"], kind="log") == entry["size"]
 
 
+def test_a_folder_that_was_rebuilt_from_the_sites_is_clean_and_what_it_took_is_told(
+    finished: Campaign, tmp_path: Path
+) -> None:
+    paths = ",".join(str(path) for path in sorted((finished.place / "sites").glob("*.toml")))
+    adopted = tmp_path / "adopted"
+    ran = finished.flctl("adopt", str(adopted), "--sites", paths, "--id", finished.remote("brno").name, at=tmp_path)
+    assert ran.returncode == 0, ran.stderr
+    data = finished.json("-C", str(adopted), "audit")["data"]
+    assert data["differences"] == []
+    assert total(data["crossings"], direction="in", kind="model") > 0
+    journal = Workspace(adopted).journal
+    journal.append("file", direction="in", site="brno", path="models/0002/more.bin", size=1, sha256="0" * 64)
+    (difference,) = found(adopted)
+    assert "which the model's record does not name so" in difference.what
+
+
 # What was on the wire
 
 

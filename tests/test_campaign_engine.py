@@ -236,7 +236,7 @@ STAGES = {
     "gated": "out-renamed pisa/0001-1",
     "fetched": "run-recorded pisa/1.1 fetched",
     "merging": "merged 0001",
-    "merged": "model-renamed 0001",
+    "merged": "model-durable 0001",
 }
 """The fault point at which a round is killed in each stage."""
 

@@ -122,6 +122,8 @@ def test_a_rule_with_state_and_master_weights_makes_the_same_models_at_a_site_as
         assert answer["data"]["model"]["version"] == 3
     for version in (1, 2, 3):
         ours, theirs = model(there, version), model(here, version)
+        for item in (*ours["contributions"], *theirs["contributions"]):
+            assert item.pop("records").keys() == {"run.json", "order.json", "job.sh", "done.json"}
         for key in (
             "sha256",
             "files",

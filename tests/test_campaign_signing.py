@@ -4,6 +4,7 @@ else is a success."""
 import json
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -162,7 +163,7 @@ def test_a_profile_that_pins_signers_names_the_key(tmp_path: Path, key: Path) ->
     ("program", "words"),
     [
         ("#!/bin/sh\necho 'unknown option -- Y' >&2; exit 1\n", "not signed: ssh-keygen is older than OpenSSH 8.1"),
-        ("#!/bin/sh\nread line </dev/tty && exit 0; echo no terminal >&2; exit 1\n", "not signed: "),
+        (f'#!/bin/sh\nexec {shutil.which("ssh-keygen")} "$@"\n', "not signed: "),  # its key has a passphrase
         (None, "not signed: ssh-keygen cannot be run: No such file or directory"),
     ],
 )
@@ -174,12 +175,12 @@ def test_the_record_is_written_whatever_ssh_keygen_does(tmp_path: Path, program:
     (run / "order.json").write_text(json.dumps({**order, "base": {"version": 0, "sha256": "0"}}))
     (run / "owner").write_text(json.dumps({"nonce": "n", "base": "0000", "time": 1, "job_id": "5", "host": "h"}))
     (run / "out" / "metrics.json").write_text('{"loss": 1}')
-    (tools / "python3").symlink_to(str(shutil.which("python3")))
+    subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "secret", "-f", tmp_path / "key"], check=True)
     if program:
         (tools / "ssh-keygen").write_text(program)
         (tools / "ssh-keygen").chmod(0o755)
     done = subprocess.run(
-        [shutil.which("python3"), SEAL, "finish", "--run", run, "--nonce", "n", "--status", "0", "--sign", "/k"],
+        [sys.executable, SEAL, "finish", "--run", run, "--nonce", "n", "--status", "0", "--sign", tmp_path / "key"],
         env={"PATH": f"{tools}"},
         timeout=60,
         check=False,
@@ -189,3 +190,13 @@ def test_the_record_is_written_whatever_ssh_keygen_does(tmp_path: Path, program:
     assert record["outcome"] == "done"
     assert record["signed"].startswith(words)
     assert not (run / "done.json.sig").exists()
+
+
+def test_site_test_tries_whether_the_site_can_sign(tmp_path: Path, key: Path) -> None:
+    campaign = Campaign(tmp_path / "camp", ("brno",))
+    other = public(keygen(tmp_path / "other"))
+    for path, signer, result in ((key, public(key), "ok"), (key, other, "fail")):
+        pin(campaign, "brno", path, signer)
+        (site,) = campaign.json("site", "test", code=None)["data"]["sites"]
+        found = {check["name"]: check for check in site["checks"]}
+        assert found["signing"]["result"] == result, found["signing"]

@@ -354,6 +354,7 @@ TABLE = {
     ("RECONFIG_FAIL", ""): (INFRASTRUCTURE, INFRASTRUCTURE),
     ("PREEMPTED", ""): (INFRASTRUCTURE, INFRASTRUCTURE),
     ("CANCELLED", "CANCELLED by 0"): (OTHER, OTHER),
+    ("CANCELLED", "0:0; nobody cancelled it"): (LOST, LOST),
     ("LOST", ""): (LOST, LOST),
     ("F", "exit status 0"): (PROGRAM, OTHER),
     ("F", "exit status 3"): (PROGRAM, OTHER),
@@ -510,3 +511,33 @@ def test_what_waits_for_long_is_shown_with_what_to_do(reason: str, words: str) -
     assert reason in notice
     assert words in notice
     assert notices(replace(a_run(), job=verdict(a_run(), evidence(seen=(PENDING,))).job)) == []
+
+
+def test_a_job_noticed_late_has_not_used_the_time_since() -> None:
+    """Ended after 50 s of 600, looked at a day later: neither its time limit nor a day of node-hours."""
+    run = a_run(Stage.RUNNING, started_at=900.0, walltime=600.0)
+    given = evidence(seen=(), owner=OWNER, done=SIGNALLED, claimed_at=800.0, claim_age=1e6)
+    first = verdict(run, given, NOW + 86400)
+    told = verdict(replace(run, job=first.job), given, NOW + 86400 + ABSENCE)
+    end = after_revoking(run, told.job, OWNER, SIGNALLED, "base")
+    assert (end.failure.cause, end.job.elapsed) == (OTHER, 50.0)
+    assert after_revoking(run, told.job, OWNER, None, "base").failure.cause == LOST
+    listed = evidence(seen=(seen("TIMEOUT", Activity.ENDED, elapsed=607.0),), owner=OWNER, done=SIGNALLED)
+    first = verdict(run, listed)
+    end = after_revoking(run, first.job, OWNER, SIGNALLED, "base")
+    assert (end.failure.cause, end.job.elapsed) == (TIME, 607.0), "the scheduler's count"
+
+
+def test_a_second_launch_is_not_the_programs_failure() -> None:
+    """A controller that crashed while it launched the job kills that copy, or launches a second one, which finds the
+    attempt taken and ends with status 75."""
+    listed = seen("FAILED", Activity.ENDED, reason="NonZeroExitCode")
+    run = a_run(Stage.RUNNING)
+    job = verdict(run, evidence(seen=(listed,), owner=OWNER)).job
+    assert after_revoking(run, job, OWNER, None, "base", fenced=True).failure.cause == INFRASTRUCTURE
+    assert after_revoking(run, job, OWNER, None, "base").failure.cause == PROGRAM
+    for start, cause in ((899.0, PROGRAM), (901.0, PROGRAM), (905.0, INFRASTRUCTURE)):
+        again = replace(listed, started_at=start)
+        later = verdict(run, evidence(seen=(again,), owner=OWNER)).job
+        assert after_revoking(run, later, OWNER, None, "base").failure.cause == cause
+    assert after_revoking(run, job, OWNER, BROKEN, "base", fenced=True).failure.cause == PROGRAM

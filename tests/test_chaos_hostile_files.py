@@ -1,4 +1,4 @@
-"""The row "hostile files": none is accepted, none takes much memory. Its time is measured by `python -m tests.chaos`."""
+"""The row "hostile files": none is accepted, none takes much memory; its time `python -m tests.chaos` measures."""
 
 import math
 

@@ -118,7 +118,7 @@ def test_a_job_cancelled_by_the_operators_is_held_and_says_who_did_it(bed: Testb
 
 def test_a_job_cancelled_while_it_waits_is_held_too(bed: Testbed) -> None:
     site = Karolina.__new__(Karolina)
-    bed.facilities[SITE].slurm.command("scontrol", "update", f"PartitionName={'qgpu'}", "State=DOWN")
+    bed.facilities[SITE].slurm.command("scontrol", "update", "PartitionName=qgpu", "State=DOWN")
     try:
         Karolina.__init__(site, bed)
         site.until(lambda run: run["stage"] == "queued", "a queued job")
@@ -130,20 +130,18 @@ def test_a_job_cancelled_while_it_waits_is_held_too(bed: Testbed) -> None:
         site.slurm.command("scancel", site.job)
         site.until(lambda run: run["held"], "the hold")
     finally:
-        bed.facilities[SITE].slurm.command("scontrol", "update", f"PartitionName={'qgpu'}", "State=UP")
+        bed.facilities[SITE].slurm.command("scontrol", "update", "PartitionName=qgpu", "State=UP")
     assert "ended before it started" in site.run["held"]["reason"]
     assert site.federation.flctl("cancel", SITE).returncode == 0
 
 
 def test_a_time_limit_is_gone_on_from_its_checkpoint(bed: Testbed) -> None:
-    site = Karolina(bed, behave="good", step_seconds=2)
+    site = Karolina(bed, behave="good", step_seconds=20)
     site.slurm.wait_state(site.job, "RUNNING")
     folder = site.federation.remote(SITE) / "runs" / "0001-1"
     site.federation.wait((folder / "checkpoint" / "progress").exists, what="a saved step")
     site.slurm.cut_short(site.job)
-    site.slurm.wait_state(site.job, "TIMEOUT", "COMPLETED", timeout=150)
-    if site.slurm.state(site.job) == "COMPLETED":
-        pytest.fail("the job was done before its time was over")
+    site.slurm.wait_state(site.job, "TIMEOUT", timeout=150)  # Slurm looks every 30 s
     site.is_made_good("time")
     log = (site.federation.remote(SITE) / "runs" / "0001-2" / "log").read_text()
     assert "goes on from step" in log and "goes on from step 0" not in log

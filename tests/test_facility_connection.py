@@ -370,8 +370,8 @@ def test_a_server_is_asked_for_commands_and_nothing_else(tmp_path: Path, monkeyp
     home = tmp_path / "home"
     (home / ".ssh").mkdir(parents=True, mode=0o700)
     (home / ".ssh" / "config").write_text(
-        "Host *\n ForwardAgent yes\n ForwardX11 yes\n RequestTTY force\n SendEnv CANARY\n LocalForward 24399 127.0.0.1:1\n"
-        f" RemoteForward 24398 127.0.0.1:1\n ProxyCommand touch {home}/called\n"
+        "Host *\n ForwardAgent yes\n ForwardX11 yes\n RequestTTY force\n SendEnv CANARY\n"
+        f" LocalForward 24399 127.0.0.1:1\n RemoteForward 24398 127.0.0.1:1\n ProxyCommand touch {home}/called\n"
     )
     monkeypatch.setenv("HOME", str(home))
     monkeypatch.setenv("DISPLAY", ":0")
@@ -402,7 +402,7 @@ def test_a_server_is_asked_for_commands_and_nothing_else(tmp_path: Path, monkeyp
     assert not (home / "called").exists()
 
 
-@pytest.mark.parametrize("cipher", ["chacha20-poly1305@openssh.com", "aes256-ctr"])
+@pytest.mark.parametrize("cipher", ["aes256-gcm@openssh.com", "aes256-ctr"])
 def test_a_server_that_lacks_the_fastest_cipher_is_reached_with_another(tmp_path: Path, cipher: str) -> None:
     (tmp_path / "f").write_text("x")
     with Sshd(
@@ -432,7 +432,7 @@ def test_one_host_of_several_addresses_is_enough_and_silent_ones_have_one_time_i
         road = road_to(tmp_path)
         addresses = ["127.0.0.1", "127.0.0.2"] * 4
         began = time.monotonic()
-        with pytest.raises(SiteUnreachable, match="alias.example"):
+        with pytest.raises(SiteUnreachable, match=r"alias\.example"):
             connect(site_of(server, host="alias.example", port=port), road)
         assert time.monotonic() - began < 5
         addresses = ["127.0.0.9", "127.0.0.1"]
@@ -440,3 +440,31 @@ def test_one_host_of_several_addresses_is_enough_and_silent_ones_have_one_time_i
         monkeypatch.setattr(patience, "CONNECT", 20)
         with connected(site_of(server, host="alias.example", port=network.port), road) as connection:
             assert connection.run("echo x").stdout == "x\n"
+
+
+def test_a_server_that_takes_no_further_login_now_is_tried_again_later(tmp_path: Path) -> None:
+    """MaxStartups: it hangs up before it says who it is; nobody has refused us."""
+    with (
+        Sshd(
+            name="conn-busy", address="127.0.93.9", port=24309, user="flctl-conn", options=("MaxStartups 1:100:1",)
+        ) as server,
+        socket.create_connection((server.address, server.port)) as waiting,
+    ):
+        assert waiting.recv(4) == b"SSH-"
+        with pytest.raises(SiteUnreachable) as caught:
+            connect(site_of(server), road_to(tmp_path, server))
+        assert "by themselves" in caught.value.hint
+        waiting.close()
+        server.wait_for("Connection (closed|reset)|Did not receive identification|exited MaxStartups")
+        with connected(site_of(server), road_to(tmp_path, server)) as connection:
+            assert connection.run("echo x").stdout == "x\n"
+
+
+def test_a_command_that_talks_without_an_end_is_given_up_in_time(server: Sshd, tmp_path: Path) -> None:
+    """What comes drop by drop is no reason to wait longer."""
+    with connected(site_of(server), road_to(tmp_path, server)) as connection:
+        began = time.monotonic()
+        with pytest.raises(SiteUnreachable):
+            connection.run("while echo drop; do sleep 0.05; done", timeout=1.0)
+        assert time.monotonic() - began < 10
+        assert connection.run("echo x").stdout == "x\n"

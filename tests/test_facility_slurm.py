@@ -3,7 +3,7 @@
 import pytest
 
 from flctl.facility.profile import Queue, Reservation, Scheduler, Shape, Site
-from flctl.facility.scheduler import Activity, Estimate, QueryFailed, QueueSeen, scheduler_of
+from flctl.facility.scheduler import Activity, Estimate, QueryFailed, QueueSeen, Seen, scheduler_of, together
 from flctl.facility.scheduler.listing import duration
 from flctl.facility.scheduler.slurm import Slurm
 from tests.test_facility_scheduler import capture
@@ -236,3 +236,81 @@ def test_a_window_open_on_a_side_has_no_edge_there() -> None:
     assert Reservation(name="r", start=1000).holds(1e12, 600)
     assert Reservation(name="r").holds(0, 600)
     assert not Reservation(start=1000, end=2000).holds(1000, 600), "without a name there is none"
+
+
+# ---- accounting, as a real one told it ----
+
+NAMES = ["fdone", "fbad", "fmine", "froots", "flimit", "fpend", "farr", "fheld", "fheldgone"]
+
+
+def rows(name: str) -> list[Seen]:
+    answer = capture(name)
+    return list(a_slurm().accounted(answer.status, answer.stdout, answer.stderr) or ())
+
+
+def test_real_rows_of_accounting_are_read() -> None:
+    """Of jobs of known ids every row; who cancelled one is known by his uid; others' arrays are not taken for ours."""
+    found = {job.id: (job.name, job.state, job.activity, job.cancelled_by) for job in rows("sacct_by_id")}
+    assert found == {
+        "5022": ("fheldgone", "CANCELLED", Activity.ENDED, 1035),
+        "5023": ("fdone", "COMPLETED", Activity.ENDED, None),
+        "5024": ("fbad", "FAILED", Activity.ENDED, None),
+        "5025": ("fmine", "CANCELLED", Activity.ENDED, 1035),
+        "5026": ("froots", "CANCELLED", Activity.ENDED, 0),
+        "5027": ("flimit", "TIMEOUT", Activity.ENDED, None),
+        "5028": ("fpend", "PENDING", Activity.WAITING, None),
+        "5031": ("fheld", "PENDING", Activity.WAITING, None),
+        "5029_1": ("farr", "RUNNING", Activity.ACTIVE, None),
+        "5029_[2-3%1]": ("farr", "PENDING", Activity.WAITING, None),
+    }
+    assert {job.cluster for job in rows("sacct_by_id")} == {"karolina2"}
+    (failed,) = [job for job in rows("sacct_by_id") if job.name == "fbad"]
+    assert (failed.reason, failed.submitted_at, failed.elapsed) == ("3:0", 1795285686.0, 0.0)
+
+
+def test_without_ids_accounting_shows_only_what_was_once_eligible() -> None:
+    assert {job.name for job in rows("sacct_rows")} == {*NAMES} - {"fheld", "fheldgone"}
+    assert rows("sacct_none") == []
+
+
+def test_accounting_is_asked_by_id_where_all_are_known_and_no_other_word_gets_into_the_command() -> None:
+    ids = capture("sacct_by_id").command.split(" -j ")[1].split()[0].split(",")
+    assert a_slurm().accounting(NAMES, ids) == capture("sacct_by_id").command
+    by_time = capture("sacct_rows").command
+    assert a_slurm().accounting(NAMES) == by_time
+    for bad in (None, "", "17; id", "$(id)", "17\n", "-1", "17_4", "١٧", "4711.pbs"):
+        assert a_slurm().accounting(NAMES, [bad, *ids[1:]]) == by_time, bad
+
+
+@pytest.mark.parametrize("name", ["sacct_no_slurmdbd", "sacct_no_database"])
+def test_accounting_that_is_down_is_a_failed_query(name: str) -> None:
+    with pytest.raises(QueryFailed, match="sacct ended with status 1"):
+        rows(name)
+
+
+def test_real_associations_are_read() -> None:
+    answer = capture("sacctmgr_accounts")
+    assert answer.command == a_slurm().accounts()
+    assert a_slurm().accounts_seen(answer.status, answer.stdout, answer.stderr) == ("testbed",)
+    down = capture("sacctmgr_no_slurmdbd")
+    with pytest.raises(QueryFailed):
+        a_slurm().accounts_seen(down.status, down.stdout, down.stderr)
+
+
+def test_held_jobs_arrays_and_names_of_two_lines_of_others_do_not_hide_ours() -> None:
+    answer = capture("squeue_with_others")
+    jobs = {job.id: job for job in a_slurm().seen(answer.status, answer.stdout, answer.stderr)}
+    assert len(jobs) == 30
+    assert (jobs["5006"].name, jobs["5007"].name) == ("two\nlines", "a,fself,b|c")
+    assert (jobs["5029_[2-3%1]"].name, jobs["5029_[2-3%1]"].activity) == ("farr", Activity.WAITING)
+    assert (jobs["5019"].state, jobs["5019"].reason) == ("CANCELLED", "JobHeldUser")
+
+
+def test_what_accounting_adds_to_a_queue() -> None:
+    """The queue tells of a job that it shows; who cancelled it only accounting knows."""
+    slurm = a_slurm()
+    queue = slurm.seen(0, "17|CANCELLED|1|1|2|0:01|None|fa\n18|RUNNING|1|1|N/A|0:01|None|fb\n", "")
+    text = "17|CANCELLED by 0|1|1|2|1|0:0|k|fa\n18|FAILED|1|1|2|1|1:0|k|fb\n16|FAILED|1|1|2|1|0:0|k|fb\n"
+    past = slurm.accounted(0, text + "19|TIMEOUT|1|1|2|1|0:0|k|fc\n", "") or ()
+    found = [(job.id, job.state, job.cluster, job.cancelled_by) for job in together(queue, past)]
+    assert found == [("17", "CANCELLED", "k", 0), ("18", "RUNNING", "k", None), ("19", "TIMEOUT", "k", None)]

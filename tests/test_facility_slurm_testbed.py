@@ -1,6 +1,7 @@
 """What only a real Slurm can show: reservations, dependencies, hopeless jobs, its own counts and estimates."""
 
 import os
+import shutil
 import subprocess
 import time
 from collections.abc import Iterator
@@ -9,9 +10,11 @@ from pathlib import Path
 
 import pytest
 
+from flctl.facility.scheduler import Activity
 from flctl.facility.scheduler.slurm import Slurm
 from tests.federation import Federation
 from tests.testbed import Testbed
+from tests.testbed.procs import wait_until
 from tests.testbed.slurm import Slurm as Cluster
 
 
@@ -109,7 +112,13 @@ def test_the_cluster_answers_what_a_plan_asks(bed: Testbed, cluster: Cluster, tm
     queues = {queue.name: queue for queue in slurm.queues_seen(*ask(cluster, slurm.queues() or ""))}
     assert set(queues) == set(cluster.partitions)
     assert (queues["qgpu"].open, queues["qgpu"].max_walltime, queues["qgpu"].max_nodes) == (True, 86400, None)
-    assert slurm.accounts_seen(*ask(cluster, slurm.accounts() or "")) is None
+    assert slurm.accounts_seen(*ask(cluster, slurm.accounts() or "")) == ("root",)
+    user = f"user={bed.facilities['karolina'].account_name}"
+    accounts = (slurm.accounts() or "").replace('user="$(id -un)"', user)
+    assert slurm.accounts_seen(*ask(cluster, accounts)) == ("testbed",)
+    without = bed.facilities["leonardo"].slurm
+    assert slurm.accounts_seen(*ask(without, slurm.accounts() or "")) is None
+    assert slurm.accounted(*ask(without, slurm.accounting(["fa"]) or "")) is None
     start = slurm.estimate(*ask(cluster, slurm.trial(str(script)) or "")).start
     assert start is not None and abs(start - time.time()) < 120
     full = cluster.command(
@@ -121,3 +130,45 @@ def test_the_cluster_answers_what_a_plan_asks(bed: Testbed, cluster: Cluster, tm
     assert later is not None and 3000 < later - time.time() < 3700
     script.write_text("#!/bin/bash\n#SBATCH --nodes=7\ntrue\n")
     assert "node configuration" in slurm.estimate(*ask(cluster, slurm.trial(str(script)) or "")).refusal
+
+
+def blocked(cluster: Cluster, name: str, *options: str) -> str:
+    """A job of root's that is held."""
+    words = ("sbatch", "--parsable", "--hold", "--output=/dev/null", "--chdir=/tmp", f"--job-name={name}", *options)
+    return cluster.command(*words, "--wrap=true").strip()
+
+
+def test_no_name_of_another_job_is_taken_for_ours(bed: Testbed, cluster: Cluster) -> None:
+    """Names that look like records, and an array around ours, of the same user, in the same queue."""
+    slurm, now = Slurm(), int(time.time())
+    ours = blocked(cluster, "fours")
+    blocked(cluster, f"x\n{ours}|COMPLETED|{now}|{now}|{now}|0:01|None|fours")
+    blocked(cluster, "fours,fours|fours")
+    blocked(cluster, "fours", "--array=1-3%1")
+    seen = slurm.seen(*ask(cluster, slurm.queue(["fours", "fother"])))
+    assert {(job.id, job.state, job.name) for job in seen if job.id == ours} == {(ours, "PENDING", "fours")}
+    assert {job.name for job in seen} == {"fours"}
+    assert [job.id for job in seen if "_" in job.id]
+    assert {job.activity for job in seen} == {Activity.WAITING}
+
+
+def test_a_job_of_the_same_id_before_the_controller_lost_its_state_is_not_ours(bed: Testbed, cluster: Cluster) -> None:
+    """Ids start again, accounting keeps both: the name decides."""
+    slurm, accounting = Slurm(), cluster.accounting
+    assert accounting is not None
+    cluster.stop()
+    shutil.rmtree(cluster.folder / "state")
+    cluster.start(fresh=False)
+    first = blocker(cluster, "true")
+    cluster.wait_state(first, "COMPLETED")
+    wait_until(lambda: cluster.command("sacct", "-n", "-X", "-j", first).strip(), "its row", every=0.5)
+    cluster.controller.stop()
+    cluster.node.stop()
+    shutil.rmtree(cluster.folder / "state")
+    cluster.start(fresh=False)
+    second = blocked(cluster, "fagain")
+    assert second == first
+    command = slurm.accounting(["fagain"], [second]) or ""
+    wait_until(lambda: slurm.accounted(*ask(cluster, command)), "the second one's row", every=0.5)
+    (row,) = slurm.accounted(*ask(cluster, command)) or ()
+    assert (row.id, row.name, row.state, row.cluster) == (second, "fagain", "PENDING", cluster.name)

@@ -4,6 +4,7 @@ import hashlib
 import io
 import os
 import re
+import socket
 import subprocess
 import sys
 import threading
@@ -795,3 +796,63 @@ def test_what_a_shell_prints_before_the_mark_never_reaches_rsync(size: int) -> N
     assert b"".join(iter(lambda: receive(1 << 17), b"")) == content
     stream = io.BytesIO(b"no such command\n")
     assert over_connection._after(mark, stream.read)(100) == b""
+
+
+def test_a_connection_that_cannot_be_written_to_any_more_hides_no_reason(keyed: Sshd, tmp_path: Path) -> None:
+    """paramiko throws an EOFError when a channel of it is closed."""
+    from flctl.facility.login import open_session
+
+    with Network(keyed) as network, to(keyed, tmp_path, network=network, road={"sparing": True}) as connection:
+        carrier = connection._road()
+        with pytest.raises(SiteUnreachable, match="the true reason"), carrier.open():
+            carrier._channel = open_session(connection._wire)
+            network.freeze()
+            connection._wire.sock.shutdown(socket.SHUT_WR)
+            raise SiteUnreachable("the true reason", site=keyed.name)
+
+
+# New keys in the middle
+
+
+@pytest.mark.parametrize("sparing", [True, False], ids=["our connection", "ssh"])
+def test_a_server_that_asks_for_new_keys_all_the_time_slows_nothing_down_to_a_halt(
+    tmp_path: Path, sparing: bool
+) -> None:
+    """Every megabyte, while data flows in either direction; the server is the one that asks."""
+    content = os.urandom(24_000_000)
+    entry = write(tmp_path / "source", "a", content)
+    options = ("RekeyLimit 1M", "LogLevel DEBUG1")
+    with Sshd(name="move-rekey", address="127.0.93.7", port=24307, user="flctl-move", options=options) as server:
+        site, target = fresh(server), tmp_path / "back"
+        with connected(site_of(server), road_to(tmp_path, server, sparing=sparing)) as connection:
+            for move in (
+                lambda: connection.push(tmp_path / "source", ["a"], there(site)),
+                lambda: connection.pull(there(site), [entry], target),
+            ):
+                since = server.mark()
+                move()
+                assert server.log_text(since).count("SSH2_MSG_NEWKEYS received") >= 10
+            assert (target / "a").read_bytes() == content
+            output = connection.run("head -c 5000000 /dev/zero | tr '\\0' x", timeout=60.0)
+            assert output.stdout == "x" * 5_000_000
+
+
+def test_a_transfer_that_moves_too_little_for_too_long_is_given_up(
+    keyed: Sshd, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A link that trickles is alive, and of no use."""
+    from tests.chaos.proxy import Plan, Proxy
+
+    write(tmp_path / "source", "a", os.urandom(4_000_000))
+    monkeypatch.setattr(patience, "SLOW_WINDOW", 4.0)
+    with Proxy(keyed.address, keyed.port) as network:
+        road = road_to(tmp_path, sparing=True)
+        road.known_hosts.write_text(network.known_hosts_line(keyed.host_key_line))
+        with connected(site_of(keyed, host=network.address, port=network.port), road) as connection:
+            connection.run("true")
+            network.arm(Plan(after=100_000, direction="up", then="trickle", rate=20_000))
+            began = time.monotonic()
+            with pytest.raises(SiteUnreachable, match="the files do not get through"):
+                connection.push(tmp_path / "source", ["a"], there(fresh(keyed)))
+            assert time.monotonic() - began < 30
+    assert rsyncs(str(tmp_path)) == []

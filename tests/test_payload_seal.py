@@ -96,6 +96,10 @@ def test_of_many_copies_of_a_job_exactly_one_starts(place: Place) -> None:
     with ThreadPoolExecutor(8) as pool:
         codes = list(pool.map(lambda n: place.start(nonce=f"copy{n}").returncode, range(8)))
     assert sorted(codes) == [0] + [75] * 7
+    assert (
+        json.loads((place.run / "fenced").read_text())["nonce"]
+        != json.loads((place.run / "owner").read_text())["nonce"]
+    )
 
 
 def test_a_copy_that_is_not_the_owner_cannot_seal(place: Place) -> None:

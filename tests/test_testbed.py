@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.testbed import Testbed
+from tests.testbed import NUMBER, Testbed
 from tests.testbed.procs import RUN, Daemon, end, start_time
 from tests.testbed.python import CHECKOUT, PYTHON
 from tests.testbed.sshd import Sshd, remove
@@ -126,7 +126,7 @@ def test_sbatch_over_ssh_runs_on_the_sites_own_cluster_as_its_own_account(bed: T
     job = submit(bed, site, JOB, "--account=testbed", f"--partition={facility.slurm.partitions[0]}")
     assert facility.slurm.wait_state(job, "COMPLETED", "FAILED") == "COMPLETED"
     output = (facility.home / f"out-{job}").read_text()
-    assert output == f"{facility.account_name}\n{site}\n{facility.home}\n"
+    assert output == f"{facility.account_name}\n{facility.slurm.name}\n{facility.home}\n"
     assert job not in bed.facilities[other].slurm.jobs()
 
 
@@ -216,16 +216,18 @@ def test_a_profile_of_the_testbed_is_a_complete_profile(bed: Testbed, site: str,
 
 def test_up_mends_what_was_killed_and_down_leaves_no_process(bed: Testbed) -> None:
     karolina = bed.facilities["karolina"]
-    for record in ("flctl-sshd-karolina", "flctl-slurmctld-karolina", "flctl-munged"):
+    mark = str(NUMBER or "")
+    names = [f"flctl-{program}-karolina{mark}" for program in ("sshd", "slurmctld", "slurmdbd", "mariadbd")]
+    for record in (*names, "flctl-munged"):
         end(int((RUN / f"{record}.pid").read_text().split()[0]), grace=0)  # SIGKILL
     assert not bed.is_up
     bed.up()
     assert bed.is_up
     assert ssh(bed, "karolina", "squeue -h").returncode == 0
     left = bed.run("sh", "-c", "setsid sleep 600 > /dev/null 2>&1 & echo $!").stdout.strip()
-    records = [path for site in bed.facilities for path in RUN.glob(f"flctl-*-{site}.pid")]
+    records = [path for site in bed.facilities for path in RUN.glob(f"flctl-*-{site}{mark}.pid")]
     daemons = [int(path.read_text().split()[0]) for path in records]
-    assert len(daemons) == 6
+    assert len(daemons) == 8
     bed.down()
     try:
         assert [pid for pid in (*daemons, int(left)) if start_time(pid)] == []

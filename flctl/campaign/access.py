@@ -126,6 +126,7 @@ class Access:
         login, known_hosts = profile.login, self.workspace.root / "known_hosts"
         if profile.connection == "local" or login.attended or (login.hold and holding.found(profile, known_hosts)):
             return profile
+        allowance.check(profile)
         used = allowance.used(profile)
         until = allowance.spread_until(profile) if automatic else 0.0
         if until > time.time():

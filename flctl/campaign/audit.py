@@ -3,6 +3,7 @@ and what crossed each site's border, by the journal (border.py)."""
 
 import time
 from dataclasses import dataclass
+from typing import Any
 
 from flctl.campaign.audited_runs import look_at_run
 from flctl.campaign.border import Crossing, crossings, uninvited
@@ -52,7 +53,8 @@ def audit(workspace: Workspace, *, progress: Progress | None = None, stop: Stop 
         if fault := record_fault(path):
             look.differs(path, newest + 1, fault)
     journal = workspace.journal.path
-    for line, what in uninvited(look.trail, look.done):
+    files = {version: _entries(record) for version, record in look.records.items()}
+    for line, what in uninvited(look.trail, look.done, files):
         look.differs(journal, look.trail.round_of(line), f"line {line}: {what}")
     return Audit(
         differences=tuple(sorted(set(look.differences), key=lambda found: (found.round or 0, found.file, found.what))),
@@ -67,6 +69,10 @@ def audit(workspace: Workspace, *, progress: Progress | None = None, stop: Stop 
         bytes=look.bytes,
         seconds=time.monotonic() - began,
     )
+
+
+def _entries(record: dict[str, Any]) -> tuple[FileEntry, ...]:
+    return tuple(from_data(FileEntry, item) for item in record["files"])
 
 
 def _logins(trail: Trail, site: str) -> int:
@@ -88,7 +94,9 @@ def _models(look: Look) -> None:
         digest = sha_of(path)
         against = [who for who, sha in named.items() if sha and sha != digest]
         if digest is None:
-            look.differs(path, version, "is missing")
+            # A campaign that was adopted begins with the version that a site had.
+            if any(named.values()) or line or version in _parents(look, version + 1):
+                look.differs(path, version, "is missing")
         elif against:
             look.differs(path, version, f"is not the record that {' and '.join(against)} name{'s'[len(against) > 1 :]}")
         elif fault := record_fault(path):
@@ -96,7 +104,9 @@ def _models(look: Look) -> None:
         else:
             look.records[version] = read_record(path)
             if version and not any(named.values()):
-                look.notes.append(f"model {version:04d} was made by an older flctl: no other record names its record")
+                look.notes.append(
+                    f"model {version:04d}: no other record names its own (an older flctl made it, or it was adopted)"
+                )
     for version, line in told.items():
         look.trail.ends[version] = line.number
     for version, record in look.records.items():
@@ -105,6 +115,10 @@ def _models(look: Look) -> None:
             look.trail.ends.setdefault(version, anchor + 1)
     for version in sorted(look.records):
         _files_of(look, version)
+
+
+def _parents(look: Look, version: int) -> set[Any]:
+    return {parent.get("version") for parent in look.records.get(version, {}).get("parents", [])}
 
 
 def _files_of(look: Look, version: int) -> None:

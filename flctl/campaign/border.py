@@ -23,6 +23,7 @@ OUTWARD = (
     (r"runs/\d{4,}-\d+/.+", "order"),
     (r"/.+", "staged"),
 )
+MODEL = re.compile(r"models/(\d{4,})/(.+)")
 TEST = re.compile(r"\.test-[0-9a-f]{8}")
 
 
@@ -56,14 +57,19 @@ def kind_of(one: Moved) -> str:
     if not one.inward:
         return next((kind for pattern, kind in OUTWARD if re.fullmatch(pattern, one.path)), "other")
     if one.attempt is None:
-        return "other"
+        return "model" if MODEL.fullmatch(one.path) else "other"
     name = one.attempt[2]
     return "log" if name == "log" else "model file" if name.startswith("out/") else "record"
 
 
-def uninvited(trail: Trail, done: Mapping[tuple[str, int, int], tuple[FileEntry, ...]]) -> Iterator[tuple[int, str]]:
+def uninvited(
+    trail: Trail,
+    done: Mapping[tuple[str, int, int], tuple[FileEntry, ...]],
+    models: Mapping[int, tuple[FileEntry, ...]],
+) -> Iterator[tuple[int, str]]:
     """(line, what is wrong) of each file that came in and should not have. `done`: the files that the kept completion
-    record of each attempt names, by site, run's number and attempt; an attempt without one here is passed over."""
+    record of each attempt names, by site, run's number and attempt; `models`: those of each model's record (a campaign
+    that is adopted takes its model from a site). Where there is no such record, nothing is judged."""
     most = {"record": RECORD_MOST, "log": LOG_MOST, "test": TEST_MOST}
     for one in trail.moved():
         kind = kind_of(one)
@@ -77,5 +83,9 @@ def uninvited(trail: Trail, done: Mapping[tuple[str, int, int], tuple[FileEntry,
             entry = FileEntry(path=name.removeprefix("out/"), size=one.size, sha256=one.sha256)
             if named is not None and entry not in named:
                 yield one.line, f"{one.site} sent {one.path}, which the completion record does not name so"
+        elif kind == "model" and (match := MODEL.fullmatch(one.path)):
+            entry = FileEntry(path=match[2], size=one.size, sha256=one.sha256)
+            if entry not in models.get(int(match[1]), (entry,)):
+                yield one.line, f"{one.site} sent {one.path}, which the model's record does not name so"
         elif one.size > most.get(kind, 0):
             yield one.line, f"{one.site} sent {one.size:,} bytes as {one.path}, more than a {kind} may have"

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
 
+from flctl.facility.scheduler import NOBODY
 from flctl.records import Cause, Job
 
 ENDS: Mapping[str, Cause] = MappingProxyType(
@@ -83,6 +84,8 @@ def cause_of(state: str, reason: str, *, over: bool = False) -> Cause | None:
         return _pbs(reason, over)
     if state == "FAILED":
         return _failed(reason)
+    if state == "CANCELLED" and NOBODY in reason:
+        return Cause.LOST
     return ENDS.get(state)
 
 
@@ -130,8 +133,10 @@ def cause_with_record(done: Mapping[str, Any], told: Cause | None, *, over: bool
 
 
 def is_over(job: Job, moment: float | None) -> bool:
-    """Whether a job that ended at `moment` had used its time, as the scheduler or its order limited it."""
-    if job.elapsed is not None and job.walltime is not None and job.elapsed >= job.walltime - SLACK:
+    """Whether a job that ended at `moment` (None: nobody knows when) had used its time, as the scheduler or its order
+    limited it."""
+    counted = job.elapsed if cause_of(job.state, job.reason) else None
+    if counted is not None and job.walltime is not None and counted >= job.walltime - SLACK:
         return True
     limit = job.expected_end
     if limit is None and job.started_at is not None and job.walltime is not None:

@@ -115,7 +115,7 @@ def _mine(mine: Driver) -> str:
     epoch = "$(sed -n 's/.*\"epoch\": \\([0-9][0-9]*\\).*/\\1/p' driver.json)"
     return (
         f'{{ epoch={epoch}; test "${{epoch:-0}}" -lt {mine.epoch} || '
-        f"{{ test \"$epoch\" -eq {mine.epoch} && grep -q '\"host\": \"{mine.host}\"' driver.json; }}; }}"
+        f'{{ test "$epoch" -eq {mine.epoch} && grep -q \'"host": "{mine.host}"\' driver.json; }}; }}'
     )
 
 
@@ -139,7 +139,7 @@ def _say(session: "Session", mine: Driver, serial: int) -> str:
         "  theirs=$(sed -n 's/.*\"serial\": \\([0-9]\\{1,9\\}\\)[,}].*/\\1/p' driver.json)\n"
         '  test "${theirs:-0}" -lt "$serial" || serial=$((theirs + 1))\n'
         "fi\n"
-        f"printf '%s, \"serial\": %s, \"since\": %s}}\\n' {quote(head)} \"$serial\" {mine.since} >{draft} || exit 0\n"
+        f'printf \'%s, "serial": %s, "since": %s}}\\n\' {quote(head)} "$serial" {mine.since} >{draft} || exit 0\n'
         f"if test -e driver.json; then mv -f {draft} driver.json; else ln {draft} driver.json; rm -f {draft}; fi"
     )
 

@@ -128,7 +128,10 @@ def _doomed_there(session: Session, wanted: Needed) -> list[str]:
     def closed(name: str) -> bool:
         match = ATTEMPT.fullmatch(name)
         run = runs.get(int(match[1])) if match else None
-        return run is not None and not run.open and not wanted.lives(site, run.number)
+        if match is None or run is None or run.open or wanted.lives(site, run.number):
+            return False
+        # A lost home begins anew from what the sites have: the newest contributions stay there, too.
+        return (site, run.number, int(match[2])) not in wanted.contributions
 
     doomed = [f"models/{name}" for name in names["models"] if _goes(name, old_model)]
     doomed += [f"payload/{name}" for name in names["payload"] if _goes(name, lambda n: _is_old(n, payloads))]

@@ -160,8 +160,8 @@ def _disowned(lines: list[bytes], hashes: list[str], number: int) -> bool:
     """Whether the line after this one, which is as it was written, followed another."""
     if number + 1 >= len(lines):
         return False
-    after = HEAD.match(lines[number + 1])
-    if after is None or after[2].decode() == hashes[number]:
+    head, after = HEAD.match(lines[number]), HEAD.match(lines[number + 1])
+    if head is None or after is None or after[2].decode() == hashes[number] or int(after[1]) != int(head[1]) + 1:
         return False
     further = HEAD.match(lines[number + 2]) if number + 2 < len(lines) else None
     return _agrees(lines[number + 1]) or further is None or further[2].decode() == hashes[number + 1]

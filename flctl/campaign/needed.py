@@ -30,7 +30,7 @@ def needed(workspace: Workspace, keep: int) -> Needed:
     """What must stay so that all runs under way go on, and the `keep` newest versions can be made again: their bases
     with the rule's state, their contributions. The first model stays, too."""
     newest = workspace.newest_model().version
-    kept = frozenset(range(max(0, newest - keep + 1), newest + 1))
+    kept = frozenset([model.version for model in workspace.models()][-keep:])
     retried = {(run.site, run.number) for run in failed_runs(workspace)}
     alive = tuple(
         run

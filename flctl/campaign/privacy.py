@@ -73,7 +73,8 @@ def _check_limit(workspace: Workspace, table: "PrivacyTable", base: int, merges:
     bare = [version for version, multiplier in before.items() if not multiplier]
     if bare:
         raise BudgetRefused(
-            f"model {bare[0]:04d} was made without noise, so no epsilon can be stated for its successors, "
+            f"model {bare[0]:04d} was made without noise, or nobody knows with which (flctl adopt), "
+            f"so no epsilon can be stated for its successors, "
             f"and privacy.epsilon is {table.epsilon:g}",
             hint="remove privacy.epsilon, or begin a new campaign from a model that may be known",
         )
@@ -122,12 +123,13 @@ def privacy_of(settings: Mapping[str, Any] | None) -> Privacy | None:
 
 
 def multipliers(workspace: Workspace, version: int) -> dict[int, float]:
-    """The noise multiplier of each merge behind a model version, its own included; 0 where there was no noise."""
+    """The noise multiplier of each merge behind a model version, its own included; 0 where there was no noise, and for
+    an adopted model, of which nobody knows any more."""
     found: dict[int, float] = {}
     ahead = [version]
     while ahead:
         record = workspace.model_record(number := ahead.pop())
-        if number not in found and record.get("contributions"):
+        if number not in found and (record.get("contributions") or (number and record.get("adopted"))):
             found[number] = (record.get("privacy") or {}).get("noise_multiplier", 0.0)
             ahead += [parent["version"] for parent in record.get("parents", [])]
     return dict(sorted(found.items()))

@@ -22,6 +22,8 @@ RECORD_SCHEMA = 1
 SKEW = 300.0
 """Seconds by which the clocks of a scheduler and a login host may differ: munge, which lets them talk, allows no more
 (its credentials live for so long)."""
+LAUNCHING = 2.0
+"""Seconds by which a job's first line may seem to come before its start, by clocks that differ a little."""
 NOT_LAUNCHED = re.compile(r"launch failed requeued held|JobLaunchFailure")
 
 
@@ -127,9 +129,11 @@ def after_revoking(
     base_sha256: str,
     refusal: str = "",
     said: str = "",
+    fenced: bool = False,
 ) -> Verdict:
     """What stands once `owner` can no longer change hands: a record after all, a job that died, or one that can
-    never start. `said`: what the submission left on stderr."""
+    never start. `said`: what the submission left on stderr; `fenced`: a second copy of the job found the attempt
+    taken, so the scheduler's word may be of that one."""
     site = run.site
     if job.ending:
         return _failed(run, job, Cause.CANCELLED_BY_US, job.ending, hint=f"flctl retry {site} tries again")
@@ -140,12 +144,25 @@ def after_revoking(
     if again:
         what = "waited again after it had started" if not _revoked(owner) else "could not be launched"
         return _failed(run, job, Cause.INFRASTRUCTURE, f"job {job.id} {what}{words}", hint=f"flctl retry {site}")
-    over = is_over(job, job.absent_at)
-    cause = cause_of(job.state, job.reason, over=over)
+    cause = cause_of(job.state, job.reason, over=is_over(job, None))
     if not _revoked(owner):
         message = f"job {job.id} ended without a record (killed, time limit or node loss){words}"
-        cause = cause or (Cause.TIME if over else Cause.LOST)
-        return _ended(run, job, cause, message, hint=f"see flctl log {site}, then flctl retry {site}")
+        if (fenced or _launched_twice(job)) and cause == Cause.PROGRAM:
+            cause, message = Cause.INFRASTRUCTURE, f"{message}, of a second launch"
+        return _ended(run, job, cause or Cause.LOST, message, hint=f"see flctl log {site}, then flctl retry {site}")
+    return _never_started(run, job, cause, refusal, said, words)
+
+
+def _launched_twice(job: Job) -> bool:
+    """Whether the scheduler's last start came after the job's first line: a controller that crashed while it launched a
+    job kills that copy with SIGKILL, launches the job again, and calls it FAILED (seen with 22.05)."""
+    first, last = job.started_at, job.launched_at
+    return first is not None and last is not None and last > first + LAUNCHING
+
+
+def _never_started(run: Run, job: Job, cause: Cause | None, refusal: str, said: str, words: str) -> Verdict:
+    """Of an attempt whose owner flctl is, so that no job can be it any more."""
+    site = run.site
     hint = f"correct sites/{site}.toml, then flctl retry {site}"
     if refusal:
         return _failed(run, job, Cause.REFUSED, f"the scheduler refused the job: {refusal}", hint=hint)
@@ -229,6 +246,7 @@ def _known(job: Job, evidence: Evidence, seen: Seen | None) -> Job:
         reason=seen.reason,
         cluster=seen.cluster or job.cluster,
         submitted_at=seen.submitted_at or job.submitted_at,
+        launched_at=seen.started_at or job.launched_at,
         expected_start=seen.expected_start,
         expected_end=job.expected_end if ended else seen.expected_end,
         elapsed=job.elapsed if seen.elapsed is None else seen.elapsed,
@@ -275,14 +293,14 @@ def _sealed(
         began, finished = _moment(done["started_at"]), _moment(done["ended_at"])
         if began is None or finished is None:
             raise ValueError("its times are no times")
-        elapsed = job.elapsed
-        if ended is None or ended.elapsed is None:
+        elapsed, last = job.elapsed, ended is not None or (final and cause_of(job.state, job.reason) is not None)
+        if not last or (ended is not None and ended.elapsed is None):
             known = (job.absent_at is None and job.elapsed) or 0.0
             elapsed = max(known, finished - began)
         job = replace(job, id=str(done["job_id"] or job.id or ""), started_at=began, ended_at=finished, elapsed=elapsed)
         if done["outcome"] == "done":
             return Verdict(stage=Stage.ENDED, job=job, contribution=contribution_of(run, done, base_sha256))
-        over, last = is_over(job, finished), ended is not None or final
+        over = is_over(job, finished)
         told = cause_of(job.state, job.reason, over=over) if last else None
         cause = cause_with_record(done, told, over=over)
         words = f" (scheduler: {_words(job.state, job.reason)})" if told and job.state != "COMPLETED" else ""

@@ -84,7 +84,7 @@ class Workspace:
         return {path.stem: path for path in sorted((self.root / "sites").glob("*.toml"))}
 
     def check_room(self) -> None:
-        """BudgetRefused or ConfigurationError if records cannot be written: asked before a step with effects at a site."""
+        """BudgetRefused or ConfigurationError if records cannot be written: asked before what has effects at a site."""
         path = self.root / "runs"
         try:
             system = os.statvfs(self.root)

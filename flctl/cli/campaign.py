@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from flctl.cli.moving import find, moving
-from flctl.cli.output import print_failures, print_json, say
+from flctl.cli.output import print_failures, print_json, say, unheard
 
 app = typer.Typer(
     help="Campaigns that run for weeks: a plan, and ticks from cron.", no_args_is_help=True, rich_markup_mode=None
@@ -57,9 +57,10 @@ def tick(
             errors=[*outcome.errors, *outcome.notes],
         )
     else:
-        print_failures([*outcome.errors, *outcome.notes])
-        if outcome.done:
-            print("nothing to do: no plan is open")
+        with unheard():
+            print_failures([*outcome.errors, *outcome.notes])
+            if outcome.done:
+                print("nothing to do: no plan is open")
     raise typer.Exit(outcome.exit_code)
 
 

@@ -1,10 +1,11 @@
 """Owns what is printed: the JSON object, error lines, tables."""
 
 import json
+import os
 import re
 import sys
-from collections.abc import Iterable
-from contextlib import suppress
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TextIO
 
@@ -106,6 +107,17 @@ def say(line: str, stream: TextIO | None = None) -> None:
     """Print a line now. A reader that has gone (`flctl round | head`) must not end what is being done."""
     with suppress(OSError, ValueError):
         print(plain(line), file=stream or sys.stdout, flush=True)
+
+
+@contextmanager
+def unheard() -> Iterator[None]:
+    """What is printed in here may fail to arrive (a reader that has gone, a full log): what was done is done."""
+    try:
+        yield
+        sys.stdout.flush()
+    except OSError:
+        with suppress(OSError, ValueError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def console() -> "Console":

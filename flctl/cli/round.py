@@ -11,7 +11,7 @@ import typer
 
 from flctl.campaign.workspace import Workspace
 from flctl.cli.moving import a_person, find, leave, moving
-from flctl.cli.output import Grid, console, number, print_failures, print_json, say
+from flctl.cli.output import Grid, console, number, print_failures, print_json, say, unheard
 from flctl.errors import UsageError
 from flctl.records import Plan
 from flctl.words import plain
@@ -70,7 +70,8 @@ def run_round(workspace: Workspace, plan: Plan, wait: float | None, *, json: boo
         data = progress(workspace, done=outcome.done)
         print_json("round", status=outcome.status, exit_code=outcome.exit_code, data=data, errors=outcome.errors)
     else:
-        _print_end(workspace, outcome, first)
+        with unheard():
+            _print_end(workspace, outcome, first)
     if engine.abandoned:
         leave(outcome.exit_code)
     return outcome.exit_code

@@ -87,6 +87,15 @@ def take(site: Site, place: Place, *, person: bool = False, now: float | None = 
     faults.point("login-taken", site.name)
 
 
+def check(site: Site) -> None:
+    """LoginNeeded (not attempted) or LoginPaused if no login to the login host may be tried now because of how the last
+    ones ended. Nothing is taken."""
+    names = _names(site, login_place(site))
+    with _hosts(write=False) as (hosts, now):
+        for name in names:
+            _refuse_if_failed(site, name, hosts.get(name, Host()), now)
+
+
 def unasked(site: Site, place: Place, words: str = "") -> LoginPaused:
     """The host refused us before it asked anything, as pam_google_authenticator does once its rate limit is reached:
     nothing is known of our codes, and the next try has to wait."""

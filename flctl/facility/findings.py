@@ -5,10 +5,11 @@ import time
 from collections.abc import Mapping
 
 from flctl.facility import limits
-from flctl.facility.probe import Check, Want, last_lines, space_left, start_in_words, words
+from flctl.facility.probe import SAMPLE, Check, Want, last_lines, space_left, start_in_words, words
 from flctl.facility.profile import Site
 from flctl.facility.scheduler import QueryFailed, Scheduler
 from flctl.facility.shell import Answer
+from flctl.facility.signatures import fault, signer_of
 from flctl.words import printable
 
 CLOCK_SKEW_MOST = 10.0
@@ -26,6 +27,7 @@ def verdicts(
         *_programs(site, answers, file),
         _python(answers["python"], site, file),
         _clock(answers["clock"], now),
+        *_signing(site, answers, file),
         *_trial(site, scheduler, answers, file),
         *_told("balance", answers, f"see budget.balance in {file}", site.budget.unit),
     ]
@@ -46,6 +48,22 @@ def _clock(answer: Answer, now: float) -> Check:
         fix = "set this machine's clock: one-time codes and deadlines depend on it"
         return Check(name="clock", result="warn", detail=f"{skew:+.0f} s from ours", fix=fix)
     return Check(name="clock", result="ok", detail=f"within {CLOCK_SKEW_MOST:.0f} s of ours")
+
+
+def _signing(site: Site, answers: Mapping[str, Answer], file: str) -> list[Check]:
+    """Whether a record signed there counts here. That the nodes of jobs can read the key, too, only a job shows."""
+    name = "signing"
+    if "signing" not in answers:
+        return []
+    answer, signers = answers["signing"], site.signing.signers
+    if answer.status != 0:
+        fix = f"signing.key in {file}: a key there without a passphrase; ssh-keygen -Y needs OpenSSH 8.1 or newer"
+        return [Check(name=name, result="fail" if signers else "warn", detail=words(answer), fix=fix)]
+    if signers and signer_of(SAMPLE.encode(), answer.stdout, site.name, signers) is None:
+        reason = fault(SAMPLE.encode(), answer.stdout, site.name, signers[0])
+        fix = f"pin the public key that belongs to signing.key: signing.signers in {file}"
+        return [Check(name=name, result="fail", detail=reason, fix=fix)]
+    return [Check(name=name, result="ok", detail="counts" if signers else "signs; no signer is pinned here")]
 
 
 def _scheduler(site: Site, scheduler: Scheduler, answers: Mapping[str, Answer], file: str) -> list[Check]:

@@ -47,7 +47,8 @@ class OverConnection:
             finally:
                 # Our rsync is gone: so goes the other one, even if the site has fallen silent.
                 if self._channel is not None:
-                    self._channel.close()
+                    with contextlib.suppress(Exception):  # a lost connection: why it ended is told by then
+                        self._channel.close()
 
     def explain(self, status: int, words: str) -> FlctlError | None:
         if self._wire.is_active() and not self._problem:

@@ -12,6 +12,7 @@ from flctl.facility.profile import Site
 from flctl.facility.scheduler import Scheduler
 from flctl.facility.script import container_words, environment_lines, shell_word
 from flctl.facility.shell import Answer, quote
+from flctl.facility.signatures import NAMESPACE
 from flctl.words import printable
 
 Result = Literal["ok", "warn", "fail"]
@@ -21,6 +22,7 @@ PATIENCE = 60
 HEARD = 4000
 """Bytes of a command of the site's own: more would take the room of the other answers."""
 UNKNOWN_NAME = "flctlnosuchjob"
+SAMPLE = "flctl"
 QUERIES = frozenset({"queue", "accounting"})
 """The questions that are left out where the scheduler was asked for its jobs a short while ago."""
 FREE = re.compile(r"\s(\d{1,18})\s+\d+\s+(-?\d{1,18})\s+\d+%\s+/[^\n]*\s*$", re.ASCII)
@@ -106,6 +108,7 @@ def questions(site: Site, scheduler: Scheduler, *, work: str, data: str, script:
         "rsync": "" if site.transfer.host else f"{quote(site.transfer.rsync or 'rsync')} --version | head -n 1",
         "modules": f"bash -c {quote(chr(10).join(_modules(site)))}" if _modules(site) else "",
         "container": f"bash -c {quote(_container(site))}" if environment.container.program else "",
+        "signing": signing_command(site.signing.key) if site.signing.key else "",
     }
     python = "\n".join([*environment_lines(site), f"{python_words(site)} -c {quote(VERSIONS)}"])
     return {
@@ -114,6 +117,11 @@ def questions(site: Site, scheduler: Scheduler, *, work: str, data: str, script:
         "python": bounded(f"bash -c {quote(python)}", 3 * PATIENCE),
         **({"trial": trial} if (trial := trial_command(scheduler, script)) else {}),
     }
+
+
+def signing_command(key: str) -> str:
+    """Sign a word as a job signs its record."""
+    return f"printf {SAMPLE} | SSH_ASKPASS_REQUIRE=never ssh-keygen -Y sign -n {NAMESPACE} -f {shell_word(key)}"
 
 
 def python_words(site: Site) -> str:

@@ -39,6 +39,9 @@ if TYPE_CHECKING:
 PARTIAL = ".flctl-partial"
 """Where rsync keeps the beginning of an interrupted file, within the target folder, to go on from there."""
 
+COMPLAINTS_MOST = 16 << 20
+"""Bytes that rsync and ssh may write to stderr, which the site fills."""
+
 PATIENCE = 5.0
 
 ESCAPES_ITSELF = (3, 2, 4)
@@ -137,7 +140,7 @@ def run(
             pass_fds=_open_ones(carrier.lock_fds),
             start_new_session=True,
         )
-        status = _watch(child, carrier, progress)
+        status = _watch(child, carrier, progress, errors.fileno())
         errors.seek(0)
         words = errors.read(65536).decode("utf-8", "replace")
         if status != 0:
@@ -154,7 +157,7 @@ def refusal(site: Site, words: str, what: str, *, ours: bool) -> FlctlError:
     return TransferFailed(f"{what}: {words}", hint="it is tried again at the next contact", site=site.name)
 
 
-def _watch(child: "subprocess.Popen[bytes]", carrier: Carrier, progress: "Progress | None") -> int:
+def _watch(child: "subprocess.Popen[bytes]", carrier: Carrier, progress: "Progress | None", complaints: int) -> int:
     """Follow rsync to its end, or end it, with all that it started, when the user stops flctl, or when too little moves
     for too long: its own --timeout is not kept where its ssh is stuck, and never where a link trickles."""
     assert child.stdout is not None
@@ -170,6 +173,8 @@ def _watch(child: "subprocess.Popen[bytes]", carrier: Carrier, progress: "Progre
                     raise Interrupted(
                         "the transfer was interrupted", hint="it goes on where it stopped", site=carrier.site.name
                     )
+                if os.fstat(complaints).st_size > COMPLAINTS_MOST:
+                    raise _stuck(carrier.site, "the site complains without end")
                 if moved - known >= patience.SLOW_BYTES:
                     known, since = moved, time.monotonic()
                 if time.monotonic() - since > patience.SLOW_WINDOW:

@@ -182,6 +182,7 @@ def start(options):
             "seal.py: this attempt belongs to %s %s; this copy stops here\n"
             % (owner.get("by", "somebody"), owner.get("job_id") or "")
         )
+        write_json(os.path.join(options.run, "fenced"), claim)
         return NOT_OWNER
     model = os.path.join(options.workdir, "models", version)
     subjects = [(os.path.join(options.workdir, "models", s["name"]), s["sha256"]) for s in order.get("subjects", [])]

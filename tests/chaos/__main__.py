@@ -5,6 +5,7 @@ python -m tests.chaos "crash matrix" --trials 20 --seed 1 # one row; without --t
 python -m tests.chaos sample --seed 1                     # a sample of every row: make chaos
 python -m tests.chaos all --part 1/3                      # a part of the full aims: make chaos-all PART=1/3
 python -m tests.chaos table                               # the results file as one table
+python -m tests.chaos page                                # the same, into docs/reliability.md
 """
 
 import argparse
@@ -19,11 +20,12 @@ from tests.chaos import results
 from tests.chaos.results import ROWS, Result
 
 Row = Callable[..., Result]
+PAGE = results.ROOT / "docs" / "reliability.md"
 
 
 def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.chaos", description=__doc__.splitlines()[0])
-    parser.add_argument("what", nargs="+", help='"rows", "table", "sample", "all", or the name of a row')
+    parser.add_argument("what", nargs="+", help='"rows", "table", "page", "sample", "all", or a row')
     parser.add_argument("--trials", type=int, help="of a row: how many (all that its aim asks for)")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--part", default="1/1", help='of "all": k/n')
@@ -36,6 +38,11 @@ def main(argv: list[str]) -> int:
     if what == "table":
         print(results.table(results.read()), end="")
         return 0
+    if what == "page":
+        before, mark, rest = PAGE.read_text(encoding="utf-8").partition("<!-- table -->\n")
+        after = rest[rest.index("<!-- /table -->") :]
+        PAGE.write_text(before + mark + results.table(results.read()) + after, encoding="utf-8")
+        return 0
     if what == "sample":
         return run_all([(name, row.sample, asked.seed, "sample") for name, row in ROWS.items()])
     if what == "all":
@@ -45,13 +52,13 @@ def main(argv: list[str]) -> int:
     return run_all([(what, asked.trials, asked.seed, "" if asked.trials is None else "sample")])
 
 
-def portion(part: str) -> Iterator[tuple[str, int, int, str]]:
+def portion(part: str) -> Iterator[tuple[str, int | None, int, str]]:
     """(row, trials, seed, part) of the k-th of n portions of the full aims. A row of several parts is spread over the
     portions, each with a seed of its own; what an earlier call of this commit has finished is left out."""
     k, n = (int(number) for number in part.split("/"))
     done = {(line["row"], line["part"]) for line in results.read() if line["commit"] == results.commit()}
     pieces = [
-        (name, -(-row.trials // row.parts), piece, f"{piece}/{row.parts}")
+        (name, None if row.parts == 1 else -(-row.trials // row.parts), piece, f"{piece}/{row.parts}")
         for name, row in ROWS.items()
         for piece in range(1, row.parts + 1)
     ]

@@ -70,6 +70,7 @@ def trial(bed: Testbed, how: str, when: str, seconds: float) -> list[str]:
     end = time.monotonic() + 120
     while not (federation.place / "models" / "0001").exists() and time.monotonic() < end:
         tick(federation)
+        cluster.mend()
         time.sleep(0.5)
     if not (federation.place / "models" / "0001").exists():
         notes.append(f"no model after 120 s; the run is {federation.run('karolina')}")

@@ -97,7 +97,8 @@ class Matrix:
         driven = self._campaign(f"calls-{self.campaigns}")
         while not driven.done and kills > 0:
             (call,) = self.random.choices(list(CALLS), [often for often, _ in CALLS.values()])
-            hit = driven.round_killed_at(call, self.random.randint(1, CALLS[call][1]))
+            count = 1 + int(CALLS[call][1] * self.random.random() ** 2)  # a thread lives for few calls
+            hit = driven.round_killed_at(call, count)
             if hit is not None and durable(hit, self.bed.user.home):
                 self.hit.append(f"{driven.version} {hit}")
                 kills -= 1

@@ -51,7 +51,7 @@ class Driven:
         None if no thread came so far."""
         self.trace.unlink(missing_ok=True)
         inject = f"inject={call}:signal=SIGKILL:when={count}"
-        traced = ("strace", "-f", "--seccomp-bpf", "-y", "-o", str(self.trace), "-e", f"trace={call}", "-e", inject)
+        traced = ("strace", "-f", "-y", "-o", str(self.trace), "-e", f"trace={call}", "-e", inject)
         killed = self._ran((*traced, str(FLCTL), *self._words()), {}, timeout, program=False)
         return self._hit(call) if killed else None
 

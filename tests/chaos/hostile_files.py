@@ -7,7 +7,6 @@ a process of their own: `python -m tests.chaos.hostile_files FOLDER [CASE ...]` 
 """
 
 import ctypes
-import gc
 import hashlib
 import json
 import os
@@ -336,7 +335,6 @@ def _memory(name: str) -> float:
 
 def _memory_begins() -> float:
     """Give back what is free, and forget the peak so far; what is in use now."""
-    gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")
     return _memory("VmRSS")

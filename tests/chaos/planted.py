@@ -6,6 +6,7 @@ in any environment that has flctl.
 
 import functools
 import hashlib
+import importlib
 import os
 import shutil
 import sys
@@ -52,9 +53,9 @@ def trust_exit_status() -> None:
 @bug
 def absent_is_done() -> None:
     """A job that is in no listing has done its work; what lies in its out/ (PLANTED_OUT) is what it made."""
-    from flctl.campaign.steps import check
     from flctl.records import Contribution, FileEntry, Stage
 
+    check: Any = importlib.import_module("flctl.campaign.steps.check")
     judge = check.judge
 
     def hasty(run: Any, evidence: Any, **options: Any) -> Any:
@@ -74,10 +75,10 @@ def absent_is_done() -> None:
 @bug
 def no_folder_fsync() -> None:
     """A rename is taken for durable."""
-    from flctl.campaign import journal, merging, remote_merge, session, workspace
-    from flctl.campaign.steps import fetch
+    from flctl import durable
+    from flctl.campaign import creation, journal, remote_merge, workspace
 
-    for module in (journal, merging, remote_merge, session, workspace, fetch):
+    for module in (durable, creation, journal, remote_merge, workspace):
         if hasattr(module, "fsync_folder"):
             module.fsync_folder = lambda folder: None
 

@@ -1,5 +1,5 @@
-"""The row "power cuts": a campaign lives on an ext4 image, and at random moments the raw image is copied, as a power cut
-would leave it: what was not flushed is not there. On the copy nothing that was acknowledged may be lacking, every
+"""The row "power cuts": a campaign lives on an ext4 image, and at random moments the raw image is copied, as a power
+cut would leave it: what was not flushed is not there. On the copy nothing that was acknowledged may be lacking, every
 record must be whole, and the campaign must go on to the models of an undisturbed one, each run trained once. The sites
 lie elsewhere, so that home goes back a little in time and they do not.
 
@@ -83,9 +83,10 @@ class Cuts:
 
     def run(self, most: int) -> None:
         """Cut, look, go on, until the models are made or there were so many cuts; then to the end without one."""
-        while self.trials < most and self._cut():
-            pass
-        if not self.failures:
+        through = False
+        while self.trials < most and not self.failures and not through:
+            through = not self._cut()
+        if not self.failures and not through:
             answer = self.campaign.flctl("round", *self._plan(), timeout=300)
             if answer.returncode != 0:
                 self.failures.append(f"the last round ended with {answer.returncode}: {answer.stderr[-300:]}")
@@ -133,7 +134,7 @@ class Cuts:
         self.trials += 1
         lost = self.losses()
         self.failures += [f"cut {self.trials} (after {after}): {what}" for what in lost]
-        return not lost
+        return True
 
     def _stop(self, process: subprocess.Popen[bytes], limit: float) -> bool:
         """SIGSTOP, by ourselves after `limit` seconds or by the program itself; False if it ended before."""
@@ -167,9 +168,8 @@ class Cuts:
             moved = name.startswith("models/.")  # written in a draft, which has another name since
             if digest not in self.told.allowed[name] and not moved:
                 found.append(f"{name} is {digest[:12]}, acknowledged was one of {sorted(self.told.allowed[name])}")
-        for name in sorted(self.told.moved):
-            if not (place / name).exists():
-                found.append(f"{name} was moved to its place and is not there")
+        gone = [name for name in sorted(self.told.moved) if not (place / name).exists()]
+        found += [f"{name} was moved to its place and is not there" for name in gone]
         try:
             workspace = Workspace(place)
             entries = [entry["seq"] for entry in workspace.journal]

@@ -31,10 +31,9 @@ def run(*, seed: int, trials: int | None = None, bed: Testbed | None = None) -> 
         while len(times) < wanted:
             driven = Driven(federation(testbed, f"restart-{len(times)}"), rounds=3)
             while not driven.done and len(times) < wanted:
-                if not driven.round(fault=f"*:{dice.randint(60, 200)}") or driven.done:
-                    continue
-                seconds = measured(driven)
-                if seconds is not None:
+                after_a_kill = driven.processes > 0
+                seconds = measured(driven, fault=f"*:{dice.randint(40, 120)}")
+                if seconds is not None and after_a_kill:
                     times.append(seconds)
             driven.finish()
             notes += driven.judged(final=None)
@@ -50,13 +49,15 @@ def run(*, seed: int, trials: int | None = None, bed: Testbed | None = None) -> 
     )
 
 
-def measured(driven: Driven) -> float | None:
-    """Seconds from a process's start to its first useful action, less its logins; None if it found nothing to do."""
+def measured(driven: Driven, *, fault: str) -> float | None:
+    """Seconds from a process's start to its first useful action, less its logins; None if it did nothing useful. The
+    process is killed at a later point, so that the next one restarts as well."""
+    driven.processes += 1
     points = driven.bed.user.home / f"{driven.place.name}.restart"
     points.unlink(missing_ok=True)
     traced = ("strace", "-f", "--seccomp-bpf", "-ttt", "-s", "200", "-y", "-o", str(driven.trace))
     words = (*traced, "-e", "trace=execve,write", str(FLCTL), "round", "--rounds", str(driven.rounds))
-    driven.bed.run(*words, env={"FLCTL_FAULT_LOG": str(points)}, cwd=driven.place)
+    driven.bed.run(*words, env={"FLCTL_FAULT_LOG": str(points), "FLCTL_FAULT": fault}, cwd=driven.place)
     found = elapsed(driven.trace.read_text(errors="replace"), points)
     points.unlink(missing_ok=True)
     return found

@@ -26,7 +26,7 @@ class Row:
 
 
 ROWS: dict[str, Row] = {
-    "crash matrix": Row(aim="300 points: 0 doubles, 0 lost rounds, same hash", trials=300, sample=60, parts=3),
+    "crash matrix": Row(aim="300 points: 0 doubles, 0 lost rounds, same hash", trials=600, sample=40, parts=6),
     "submit cuts": Row(aim="600 trials: 0 doubles, every id recovered", trials=600, sample=60, parts=2),
     "power cuts": Row(aim="200 cuts: 0 acknowledged transitions lost", trials=200, sample=40),
     "black holes": Row(aim="60 points, none longer than 90 s", trials=60, sample=20),

@@ -162,7 +162,7 @@ class Slurm:
 
     @contextlib.contextmanager
     def detour(self, port: int) -> Iterator[None]:
-        """The controller alone, started anew, reaches slurmdbd at this port, a proxy's; commands go to it straight."""
+        """The controller alone, started anew, looks for slurmdbd at this port; commands go to it straight."""
         assert self.accounting is not None
         self.controller.stop()
         self.configuration.write_text(self._text(dial=port), encoding="ascii")
@@ -216,6 +216,10 @@ class Slurm:
     def log_text(self) -> str:
         return (self.folder / "slurmctld.log").read_text(errors="replace")
 
+    def mend(self) -> None:
+        """What operators do after an outage: a node that was left down or drained works again."""
+        self._serves()
+
     def _serves(self) -> bool:
         if not self.running:
             return True  # the caller tells why
@@ -228,7 +232,7 @@ class Slurm:
             check=False,
         )
         state = (done.stdout.split() or [""])[0]  # a line per partition
-        if state.startswith("drain"):  # by a controller that forgot a job which its node still has (Duplicate jobid)
+        if state.startswith(("drain", "down")):  # a controller began anew: Duplicate jobid, or a node that it missed
             self.command("scontrol", "update", f"NodeName={self.name}01", "State=RESUME")
         return state in ("idle", "mixed", "allocated")
 

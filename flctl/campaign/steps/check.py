@@ -140,6 +140,7 @@ def revoke(session: Session, run: Run, verdict: Verdict, looked: dict[str, Answe
             "cancel": session.scheduler.cancel(run.job.token, run.job.id),
             "done": read_file(folder / "done.json"),
             "sig": read_file(folder / "done.json.sig"),
+            "fenced": f"test -e {quote(folder / 'fenced')}",
         }
     )
     faults.point("revoked", run.site)
@@ -154,7 +155,8 @@ def revoke(session: Session, run: Run, verdict: Verdict, looked: dict[str, Answe
     sealed = record_of(session.site, answers["done"].stdout, answers["sig"].stdout)
     base = session.workspace.model_record(run.order.base)["sha256"]
     said = printable(looked[f"err{run.number}"].stdout)
-    return after_revoking(run, verdict.job, owner, sealed, base, verdict.refusal, said)
+    fenced = answers["fenced"].status == 0
+    return after_revoking(run, verdict.job, owner, sealed, base, verdict.refusal, said, fenced)
 
 
 def cancel(session: Session, run: Run) -> None:

@@ -131,7 +131,18 @@ def together(queue: Sequence[Seen], past: Sequence[Seen]) -> tuple[Seen, ...]:
         else job
         for job in queue
     ]
-    return (*known, *(job for job in past if job.name not in names))
+    return (*known, *(_by_whom(job) for job in past if job.name not in names))
+
+
+NOBODY = "nobody cancelled it"
+
+
+def _by_whom(job: Seen) -> Seen:
+    """A job that accounting alone knows. Where a controller lost its state, slurmdbd calls what ran there CANCELLED
+    (as_mysql_flush_jobs_on_cluster), but by nobody: whom scancel served it always names."""
+    if job.state == "CANCELLED" and job.cancelled_by is None:
+        return replace(job, reason="; ".join(filter(None, (job.reason, NOBODY))))
+    return job
 
 
 def is_known(kind: str, state: str) -> bool:
