@@ -5,8 +5,8 @@ FlctlError                 1  internal: a defect of flctl
 |-- ConfigurationError     3  flctl.toml, a profile, a template, a secret's reference, a model folder
 |-- LoginNeeded            4  refused login, no agent, a code that may not be automated
 |   `-- LoginTooSoon       4  not now, but at a moment that is known: the last login was too short a time ago
-|       |-- CodeSpent         this time step's one-time code is used; the next one starts then
-|       `-- LoginPaused       the day's logins are used up, or a cool-down is on: not for minutes or hours
+|       |-- CodeSpent      4  this time step's one-time code is used; the next one starts then
+|       `-- LoginPaused    4  the day's logins are used up, or a cool-down is on: not for minutes or hours
 |-- SiteUnreachable        5  no route, refused, reset, timed out
 |-- JobFailed              6  a job ended without a valid record of success, or was refused by the scheduler
 |-- TransferFailed         7  rsync failed, or a hash differs

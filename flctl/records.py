@@ -50,6 +50,8 @@ class Cause(StrEnum):
     """The job's own folder or log could not be opened, or its account is unknown there."""
     REFUSED = "refused"
     """The scheduler did not take it, or says that it can never run."""
+    FULL = "queue full"
+    """There are as many jobs as the site, or it for us, allows: the same job may be taken later."""
     CANCELLED_BY_US = "cancelled by flctl"
     CANCELLED_BY_OTHER = "cancelled at the site"
 

@@ -12,8 +12,12 @@ from typing import Any
 
 import pytest
 
+from flctl import faults
+from flctl.campaign.engine import Engine
+from flctl.campaign.workspace import Workspace
+from tests.chaos.proxy import Proxy
 from tests.ssh_campaigns import SshCampaign
-from tests.ssh_sites import another_secret, early_in_a_step
+from tests.ssh_sites import another_secret, early_in_a_step, keygen
 from tests.ssh_sites import secret_file as code_file
 from tests.testbed.sshd import Sshd
 
@@ -182,6 +186,70 @@ def test_files_that_go_by_a_login_of_their_own_are_held_as_well(coded: Sshd, tmp
         camp.flctl("cancel")
 
 
+def test_a_host_that_is_out_of_reach_after_a_refused_login_is_left_alone_for_an_hour(tmp_path: Path) -> None:
+    """As after a ban: whoever goes on knocking may prolong it."""
+    with Sshd(name="allow-ban", address=ADDRESS, port=24404, user=f"{USER}-b") as server:
+        camp = SshCampaign(tmp_path, server, key=str(keygen(tmp_path / "stranger")))
+        contact = camp.place / "runs" / server.name / "contact.json"
+        camp.flctl("campaign", "start", "--rounds", "1")
+        assert "refused" in camp.json("campaign", "tick", code=4)["errors"][0]["message"]
+        camp.flctl("release")
+        server.stop()
+        told = camp.json("campaign", "tick", code=5)["errors"][0]["message"]
+        assert told.endswith("this looks like a ban: none is tried for an hour")
+        server.start()
+        since = server.mark()
+        camp.flctl("release")
+        for words in (("campaign", "tick"), ("round", "--wait", "1"), ("auth", "test", server.name)):
+            assert camp.flctl(*words).returncode in (0, 4, 11), words
+        assert server.attempts(since).connections == 0
+        assert json.loads(contact.read_text())["due"] > time.time() + 3000
+        assert "looks like a ban; none is tried before" in camp.flctl("status").stdout
+        camp.flctl("cancel")
+    camp.clear()
+
+
+def test_a_connection_that_is_cut_between_the_code_and_the_shell_has_used_the_code(
+    coded: Sshd, tmp_path: Path, state: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The site is not held; the next login waits for the next time step, and counts as the day's second."""
+    camp = Coded(tmp_path, coded)
+    with Proxy(coded.address, coded.port) as road:
+        path = camp.place / "sites" / f"{camp.name}.toml"
+        text = path.read_text().replace(f'"{coded.address}"', f'"{road.address}"')
+        path.write_text(text.replace(f"port = {coded.port}", f"port = {road.port}"))
+        camp.flctl("campaign", "start", "--rounds", "1")
+        (tmp_path / "run").mkdir(mode=0o700)
+        engine = Engine(workspace=Workspace(camp.place), runtime=tmp_path / "run")
+
+        def cut(name: str, subject: str = "") -> None:
+            if name == "login-counted":
+                road.strike("reset")
+
+        early_in_a_step()
+        with monkeypatch.context() as patch:
+            patch.setattr(faults, "point", cut)
+            engine.tick()
+        engine.close()
+        contact = camp.contact()
+        assert (contact["held"], contact["trouble"]["code"]) == (None, "site_unreachable")
+        (used_until,) = json.loads(state.with_name("codes.json").read_text())["used_until"].values()
+
+        road.strike("pass")
+        camp.hurry()
+        before = road.made
+        camp.tick()
+        if time.time() < used_until:
+            assert road.made == before, "no second connection in this time step"
+            assert camp.contact()["due"] > used_until
+        camp.tick_until_in()
+        assert camp.failed() == 0
+        assert camp.server.attempts(camp.since).codes == 2
+        assert max(len(host["tries"]) for host in json.loads(state.read_text()).values()) == 2
+        camp.flctl("cancel")
+    camp.clear()
+
+
 # A rate limit
 
 
@@ -238,6 +306,23 @@ def test_when_the_days_logins_are_used_up_ticks_wait_and_say_so(keyed: Sshd, tmp
     assert keyed.attempts(since).logins == before + 1
     camp.flctl("cancel")
     camp.clear()
+
+
+def test_a_round_whose_rsyncs_each_log_in_ends_although_few_logins_are_left(keyed: Sshd, tmp_path: Path) -> None:
+    """Half of the day's logins go as they are needed; after them files go over the connection for commands."""
+    camp = SshCampaign(tmp_path, keyed, multiplex=False, per_day=6)
+    since = keyed.mark()
+    assert camp.json("round", "--rounds", "3", "--wait", "10m")["data"]["done"]
+    assert keyed.attempts(since).logins == 3
+    camp.clear()
+
+
+def test_a_plan_says_how_often_ticks_look(keyed: Sshd, tmp_path: Path) -> None:
+    camp = SshCampaign(tmp_path, keyed, per_day=12)
+    shown = camp.flctl("plan", "--offline").stdout
+    words = "2 a round, which stays logged in; or each time a tick looks: every 2:00:00 and when a job is expected to"
+    assert words in shown, shown
+    assert camp.json("plan", "--offline")["data"]["sites"][0]["look"] == 7200
 
 
 # Clocks

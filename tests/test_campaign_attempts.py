@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 
-from flctl.campaign.attempts import may_follow, tries
+from flctl.campaign.attempts import may_follow, pause, tries
+from flctl.facility.profile import Site
 from flctl.records import Attempt, Cause, Failure, Job, Order, Run, Stage, Work
 from tests.campaigns import Campaign
 
@@ -86,6 +87,29 @@ def test_automatic_attempts_are_capped_and_a_person_may_allow_more(single: Campa
     single.profile("pisa")
     assert single.flctl("retry", "pisa").returncode == 0
     assert single.json("round")["data"]["done"]
+
+
+def purge_at_the_start(campaign: Campaign, path: str, *, once: bool) -> None:
+    """As a site's purge would while the job waits: what it is to start from is gone when it starts."""
+    template = campaign.place / "templates" / "local.sh"
+    mark, begin = campaign.root / "purged", "# Take the attempt"
+    words = f"[ -e {mark} ] || rm -f {path}\n" + (f"touch {mark}\n" if once else "")
+    template.write_text(template.read_text().replace(begin, words + begin, 1))
+
+
+@pytest.mark.parametrize("path", ["{{workdir}}/models/0000/*.safetensors", "{{run}}/order.json"])
+def test_what_was_purged_while_the_job_waited_is_brought_again_without_a_person(single: Campaign, path: str) -> None:
+    purge_at_the_start(single, path, once=True)
+    assert single.json("round")["data"]["model"]["version"] == 1
+    assert ended(single) == [(1, "infrastructure")]
+    assert (single.attempts("pisa"), single.submissions("pisa")) == (["0001-1", "0001-2"], 1)
+
+
+def test_what_is_purged_again_and_again_is_brought_as_often_as_retry_says(single: Campaign) -> None:
+    single.set("[campaign]", "[retry]\nattempts = 2\n\n[campaign]")
+    purge_at_the_start(single, "{{workdir}}/models/0000/*.safetensors", once=False)
+    assert "is not the one that was ordered" in single.json("round", code=6)["errors"][0]["message"]
+    assert single.attempts("pisa") == ["0001-1", "0001-2"]
 
 
 def test_a_program_that_fails_is_not_tried_again(single: Campaign) -> None:
@@ -236,7 +260,7 @@ def an_attempt(cause: Cause = Cause.LOST, *, automatic: bool = True, progress: i
 
 @pytest.mark.parametrize("cause", [*Cause, None])
 def test_what_is_tried_again_without_a_person(cause: Cause | None) -> None:
-    assert may_follow(a_run(cause), 3) == (cause in (Cause.INFRASTRUCTURE, Cause.LOST))
+    assert may_follow(a_run(cause), 3) == (cause in (Cause.INFRASTRUCTURE, Cause.LOST, Cause.FULL))
 
 
 def test_at_most_so_many_tries_in_a_row() -> None:
@@ -254,3 +278,16 @@ def test_time_is_given_only_to_what_gets_further() -> None:
     further += [(a_run(Cause.TIME, before, progress=progress), progress > 40) for progress in (39, 40, 41)]
     assert all(may_follow(run, 9) == expected for run, expected in further)
     assert not may_follow(replace(further[0][0], skipped=True), 9)
+
+
+def test_a_full_queue_is_waited_for_as_long_as_it_takes_and_costs_no_try() -> None:
+    """Ever more seldom, up to an hour; where each contact is a login, not more often than these."""
+    full = an_attempt(Cause.FULL)
+    assert may_follow(a_run(Cause.FULL, *[full] * 50), 1)
+    assert (tries(a_run(Cause.LOST, *[full] * 50)), may_follow(a_run(Cause.LOST, *[full] * 50), 3)) == (1, True)
+    assert not may_follow(a_run(Cause.LOST, full, *[an_attempt()] * 2), 3)
+    site = Site(schema=1, name="brno", connection="ssh")
+    waits = [pause(a_run(Cause.FULL, *[full] * times), site, stays=True) for times in (0, 1, 2, 6, 200)]
+    assert waits == [60, 120, 240, 3600, 3600]
+    assert pause(a_run(Cause.FULL, full, an_attempt()), site, stays=True) == 60, "anew after another end"
+    assert pause(a_run(Cause.FULL), site, stays=False) == 86400 / site.login.per_day

@@ -28,7 +28,7 @@ def a_site(kind: str, per_day: int = 1440) -> Site:
         name="pisa",
         login=Login(host="h", user="u", kind=kind, per_day=per_day),  # type: ignore[arg-type]
         scheduler=Scheduler(kind="slurm", shape="s"),
-        shapes={"s": Shape()},
+        shapes={"s": Shape(walltime=86_400)},
         poll=Poll(every=60, login_every=3600, absence=30),
     )
 
@@ -57,6 +57,20 @@ def test_looks_of_ticks_are_as_far_apart_as_the_days_logins_allow() -> None:
         assert contacts.next_due(site, [ending], NOW, stays=False) - NOW == 100 + contacts.SETTLING
     home = replace(a_site("key", 12), connection="local")
     assert contacts.next_due(home, [a_run()], NOW, stays=False) - NOW == 60
+
+
+@pytest.mark.parametrize("stage", [Stage.QUEUED, Stage.RUNNING])
+def test_a_job_whose_end_no_scheduler_foretells_is_looked_at_when_its_walltime_may_be_over(stage: Stage) -> None:
+    site = a_site("key", 12)
+    for job, seconds in (
+        (Job(token="f", walltime=600), 600),
+        (Job(token="f", walltime=600, started_at=NOW - 100), 500),
+        (Job(token="f", walltime=600, expected_start=NOW - 200), 400),
+        (Job(token="f", walltime=600, expected_end=NOW + 50), 50),
+        (Job(token="f", walltime=600, started_at=NOW - 1000), 7200),
+    ):
+        due = contacts.next_due(site, [replace(a_run(stage), job=job)], NOW, stays=False) - NOW
+        assert due == seconds + (contacts.SETTLING if seconds < 7200 else 0), job
 
 
 @pytest.mark.parametrize("name", ["expected_start", "expected_end"])

@@ -5,6 +5,7 @@ import json
 import shutil
 import subprocess
 import sys
+from hashlib import sha256
 from pathlib import Path
 
 import pytest
@@ -112,6 +113,27 @@ def test_a_round_of_signed_records_is_made_kept_and_audited(tmp_path: Path, key:
     (difference,) = campaign.json("audit", code=8)["data"]["differences"]
     assert (difference["file"], difference["round"]) == ("runs/brno/0001/1/done.json.sig", 1)
     assert "does not count any more" in difference["what"]
+
+
+def test_a_rebuilt_folder_believes_signed_records_only_and_journals_what_it_read(tmp_path: Path, key: Path) -> None:
+    campaign = Campaign(tmp_path / "camp", ("brno",))
+    pin(campaign, "brno", key, public(key))
+    campaign.json("round", "--rounds", "3")
+    label, runs = campaign.remote("brno").name, campaign.remote("brno") / "runs"
+    record = runs / "0001-1" / "done.json"
+    record.write_bytes(record.read_bytes().replace(b'"samples": 10', b'"samples": 90'))
+    profile = shutil.copy(campaign.place / "sites" / "brno.toml", tmp_path)
+    campaign.place = tmp_path / "new"
+    done = campaign.flctl("adopt", str(campaign.place), "--sites", profile, "--id", label, at=tmp_path)
+    assert done.returncode == 0, done.stderr
+    first, second = campaign.run("brno", 1), campaign.run("brno", 2)
+    assert (first["stage"], second["stage"], second["contribution"]["samples"]) == ("failed", "fetched", 10)
+    assert "the completion record does not count" in first["failure"]["message"]
+    assert campaign.json("audit")["data"]["differences"] == []
+    read = {entry["path"]: entry["sha256"] for entry in campaign.journal() if entry["event"] == "file"}
+    for name in ("order.json", "done.json", "done.json.sig"):
+        for attempt in ("0001-1", "0002-1", "0003-1"):
+            assert read[f"runs/{attempt}/{name}"] == sha256((runs / attempt / name).read_bytes()).hexdigest()
 
 
 def test_a_key_that_is_not_pinned_makes_no_success(tmp_path: Path, key: Path) -> None:

@@ -541,3 +541,35 @@ def test_a_second_launch_is_not_the_programs_failure() -> None:
         later = verdict(run, evidence(seen=(again,), owner=OWNER)).job
         assert after_revoking(run, later, OWNER, None, "base").failure.cause == cause
     assert after_revoking(run, job, OWNER, BROKEN, "base", fenced=True).failure.cause == PROGRAM
+
+
+def test_what_slurm_cancels_itself_after_a_second_launch_is_no_persons_word() -> None:
+    """A controller that was killed just after a job's start launches it again; its node has it already, and the
+    controller cancels the job as root."""
+    run = a_run(Stage.RUNNING)
+    for record in (None, SIGNALLED):
+        for start, uid, fenced, cause in (
+            (899.0, 0, False, OTHER),
+            (905.0, 0, False, INFRASTRUCTURE),
+            (905.0, None, False, INFRASTRUCTURE),
+            (899.0, 0, True, INFRASTRUCTURE),
+            (905.0, 1007, True, OTHER),
+        ):
+            listed = seen("CANCELLED", Activity.ENDED, started_at=start, cancelled_by=uid)
+            job = verdict(run, evidence(seen=(listed,), owner=OWNER)).job
+            end = after_revoking(run, job, OWNER, record, "base", fenced=fenced)
+            assert (end.failure.cause, end.held is not None) == (cause, cause == OTHER), (start, uid, fenced)
+
+
+def test_a_queue_without_room_is_no_refusal() -> None:
+    run = a_run(Stage.CLAIMED, id=None)
+    words = "sbatch: error: Batch job submission failed: Resource temporarily unavailable"
+    told = verdict(run, evidence(job_id=None, refusal=words))
+    assert (told.revoke, told.refusal) == (True, words)
+    for refusal in (words, ""):
+        end = after_revoking(run, told.job, OURS, None, "base", refusal=refusal, said=words, full=True)
+        assert (end.stage, end.failure.cause) == (Stage.FAILED, Cause.FULL)
+        assert end.failure.message == f"brno takes no more jobs just now: {words}"
+    taken = replace(told.job, id="17")
+    assert after_revoking(run, taken, OURS, None, "base", said=words, full=True).failure.cause == LOST
+    assert after_revoking(run, taken, OWNER, done(), "base", said=words, full=True).stage == Stage.ENDED

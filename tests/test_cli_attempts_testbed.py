@@ -237,3 +237,52 @@ def test_the_operators_may_change_a_waiting_or_running_job(bed: Testbed) -> None
     site.until(lambda run: run["stage"] == "fetched", "the round")
     assert site.run["attempt"] == 1
     assert Path(site.federation.place / "models" / "0001").is_dir()
+
+
+def submitted(bed: Testbed) -> Federation:
+    federation = Federation(bed, "full", karolina={"poll": {"claim_window": 600}})
+    assert federation.flctl("campaign", "start", "--rounds", "1", "--sites", SITE).returncode == 0
+    return federation
+
+
+def is_waited_for(federation: Federation, words: str, *, times: int) -> None:
+    """The run is tried again so many times, and no person is asked."""
+    federation.wait(
+        lambda: federation.flctl("campaign", "tick", timeout=300) and federation.run(SITE)["attempt"] > times,
+        limit=600,
+        what="the next attempts",
+    )
+    run = federation.run(SITE)
+    assert {past["cause"] for past in run["past"]} == {"queue full"}
+    assert words in run["past"][0]["reason"]
+    shown = " ".join(federation.flctl("status").stdout.split())
+    assert ("HELD" not in shown, "takes no more jobs" in shown) == (True, True)
+
+
+def test_a_controller_that_takes_no_more_jobs_is_waited_for(bed: Testbed) -> None:
+    """MaxJobCount: sbatch itself tries for two minutes; then the claim is revoked, and another attempt comes later."""
+    slurm = bed.facilities[SITE].slurm
+    with slurm.limited("MaxJobCount=1"):
+        other = slurm.command("sbatch", "--parsable", "--hold", "--output=/dev/null", "--wrap=true").strip()
+        federation = submitted(bed)
+        is_waited_for(federation, "Resource temporarily unavailable", times=1)
+        assert list(slurm.jobs()) == [other]
+    slurm.command("scancel", other)
+    assert federation.json("round")["data"]["model"]["version"] == 1
+    assert federation.jobs_started(SITE) == 1
+
+
+def test_a_limit_on_submitted_jobs_is_waited_for_and_costs_no_try(bed: Testbed) -> None:
+    facility = bed.facilities[SITE]
+    slurm, name = facility.slurm, facility.account_name
+    limit = ("sacctmgr", "-i", "modify", "user", name, "set")
+    with slurm.limited("AccountingStorageEnforce=associations,limits"):
+        slurm.command(*limit, "MaxSubmitJobs=0")
+        try:
+            federation = submitted(bed)
+            federation.set("[campaign]", "[retry]\nattempts = 2\n\n[campaign]")
+            is_waited_for(federation, "AssocMaxSubmitJobLimit", times=3)
+        finally:
+            slurm.command(*limit, "MaxSubmitJobs=-1")
+        assert federation.json("round")["data"]["model"]["version"] == 1
+    assert federation.jobs_started(SITE) == 1

@@ -63,7 +63,7 @@ def test_every_error_of_the_tree_is_drawn_with_its_exit_code() -> None:
     drawing = errors.__doc__ or ""
     for kind in all_errors():
         line = next(line for line in drawing.splitlines() if kind.__name__ in line)
-        assert kind is errors.CodeSpent or f" {kind.exit_code}  " in line, kind
+        assert f" {kind.exit_code}  " in line, kind
 
 
 def test_of_several_errors_the_first_of_the_table_counts() -> None:
@@ -234,7 +234,7 @@ def test_init_never_overwrites(campaign: Campaign) -> None:
     before = (campaign.place / "flctl.toml").read_text()
     ran = campaign.flctl("init", str(campaign.place), "--sites", "leonardo", "--model", str(campaign.root / "start"))
     assert ran.returncode == 3
-    assert "never overwrites" in ran.stderr
+    assert "nothing is overwritten" in ran.stderr
     assert (campaign.place / "flctl.toml").read_text() == before
 
 

@@ -222,6 +222,7 @@ def test_the_id_is_what_qsub_prints(text: str) -> None:
 )
 def test_what_qsub_says_of_the_job_is_a_refusal(text: str) -> None:
     assert PBS.refusal(text) == text.strip()
+    assert PBS.full(text) == ("per-user limit" in text)
 
 
 def test_a_hooks_words_are_told_in_full_and_the_usage_is_not() -> None:

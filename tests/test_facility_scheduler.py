@@ -268,6 +268,33 @@ def test_the_controllers_words_are_a_refusal(words: str) -> None:
     assert scheduler("slurm").refusal(FAILED + words + "\n") == FAILED + words
 
 
+BUSY = "sbatch: error: Slurm temporarily unable to accept job, sleeping and retrying.\n"
+POLICY = "Job violates accounting/QOS policy (job submit limit, user's size and/or time limits)"
+
+
+@pytest.mark.parametrize(
+    ("text", "refused", "full"),
+    [
+        (FAILED + POLICY, True, True),
+        *(
+            (f"sbatch: error: {limit}\n{FAILED}{POLICY}", True, "Submit" in limit)
+            for limit in (
+                *("AssocMaxSubmitJobLimit", "AssocGrpSubmitJobsLimit", "QOSMaxSubmitJobPerUserLimit"),
+                *("QOSMaxSubmitJobPerAccountLimit", "QOSGrpSubmitJobsLimit"),
+                *("QOSMaxWallDurationPerJobLimit", "AssocMaxCpuPerJobLimit", "QOSMaxNodePerJobLimit"),
+            )
+        ),
+        (BUSY + FAILED + "Resource temporarily unavailable", True, True),
+        (BUSY, False, True),  # cut off while it tried
+        (FAILED + "Invalid qos specification", True, False),
+        (FAILED + "Socket timed out on send/recv operation", False, False),
+    ],
+)
+def test_a_full_queue_is_told_from_what_will_never_be_taken(text: str, refused: bool, full: bool) -> None:
+    slurm = scheduler("slurm")
+    assert (slurm.refusal(text) is not None, slurm.full(text)) == (refused, full)
+
+
 @pytest.mark.parametrize(
     "text",
     [

@@ -273,10 +273,18 @@ def test_without_ids_accounting_shows_only_what_was_once_eligible() -> None:
     assert rows("sacct_none") == []
 
 
+def test_of_two_rows_of_an_id_and_name_the_later_counts_and_of_two_names_each() -> None:
+    """-D shows a requeued job once for each time, and an id of before the controller lost its state."""
+    text = "17|REQUEUED|5|5|6|1|0:0|k|fa\n17|COMPLETED|7|7|9|2|0:0|k|fa\n17|RUNNING|8|8|Unknown|1|0:0|k|fb\n"
+    for lines in (text.splitlines(keepends=True), reversed(text.splitlines(keepends=True))):
+        found = {job.name: (job.state, job.submitted_at) for job in a_slurm().accounted(0, "".join(lines), "") or ()}
+        assert found == {"fa": ("COMPLETED", 7.0), "fb": ("RUNNING", 8.0)}
+
+
 def test_accounting_is_asked_by_id_where_all_are_known_and_no_other_word_gets_into_the_command() -> None:
     ids = capture("sacct_by_id").command.split(" -j ")[1].split()[0].split(",")
-    assert a_slurm().accounting(NAMES, ids) == capture("sacct_by_id").command
-    by_time = capture("sacct_rows").command
+    assert a_slurm().accounting(NAMES, ids) == capture("sacct_by_id").command.replace("-X", "-X -D")
+    by_time = capture("sacct_rows").command.replace("-X", "-X -D")
     assert a_slurm().accounting(NAMES) == by_time
     for bad in (None, "", "17; id", "$(id)", "17\n", "-1", "17_4", "١٧", "4711.pbs"):
         assert a_slurm().accounting(NAMES, [bad, *ids[1:]]) == by_time, bad

@@ -172,3 +172,6 @@ def test_a_job_of_the_same_id_before_the_controller_lost_its_state_is_not_ours(b
     wait_until(lambda: slurm.accounted(*ask(cluster, command)), "the second one's row", every=0.5)
     (row,) = slurm.accounted(*ask(cluster, command)) or ()
     assert (row.id, row.name, row.state, row.cluster) == (second, "fagain", "PENDING", cluster.name)
+    older = slurm.accounting(["wrap"], [first]) or ""
+    (row,) = slurm.accounted(*ask(cluster, older)) or ()
+    assert (row.id, row.name, row.state) == (first, "wrap", "COMPLETED"), "the one of before is there still"

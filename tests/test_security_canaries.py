@@ -1,24 +1,58 @@
-"""The secret of one-time codes, and every code made of it, in a whole campaign on the testbed: nowhere to be found."""
+"""Passwords, passphrases, keys, secrets of one-time codes and every code made of them, in a whole campaign over real
+sshds: nowhere to be found."""
 
 import re
+import subprocess
+import sys
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from flctl.facility.codes import parse_secret
 from flctl.facility.profile import Totp
-from tests.federation import Federation
-from tests.ssh_sites import Watch
-from tests.testbed import Testbed
+from tests.ssh_campaigns import SshCampaign
+from tests.ssh_sites import Watch, agent, early_in_a_step, keygen, secret_file
+from tests.testbed.sshd import Sshd
+
+PASSPHRASE = "canary of a passphrase"
+DEFECT = """
+import sys
+from flctl.facility import codes
+def broken(secret, totp, real=codes.parse_secret):
+    made = real(secret, totp), secret
+    raise ZeroDivisionError("provoked")
+codes.parse_secret = broken
+from flctl.cli.main import main
+sys.exit(main())
+"""
+"""flctl with a defect at the moment at which it has the secrets in its hands."""
 
 
-@pytest.fixture
-def bed(testbed: Testbed) -> Iterator[Testbed]:
-    testbed.reset()
-    yield testbed
-    testbed.user.end_processes()
+class Ways(SshCampaign):
+    """A campaign with a way to log in of its own at each site."""
+
+    def __init__(self, root: Path, ways: dict[Sshd, dict[str, Any]]) -> None:
+        self.ways = {server.name: way for server, way in ways.items()}
+        super().__init__(root, *ways)
+
+    def profile(self, name: str, **fields: Any) -> None:
+        self.login = dict(self.ways[name])
+        super().profile(name, **fields)
+
+
+@pytest.fixture(scope="module")
+def servers() -> Iterator[dict[str, Sshd]]:
+    with ExitStack() as stack:
+        yield {
+            kind: stack.enter_context(
+                Sshd(name=f"canary-{n}", address="127.0.97.3", port=24760 + n, user=f"flctl-can{n}", kind=kind)
+            )
+            for n, kind in enumerate(("key", "key+totp", "password+totp"))
+        }
 
 
 def leaks(
@@ -37,36 +71,55 @@ def leaks(
     return found
 
 
-def test_no_secret_and_no_code_is_anywhere(bed: Testbed) -> None:
-    federation = Federation(bed, "canaries")
-    secret = bed.totp_file.read_text().strip()
-    key = bed.key.read_text().splitlines()[1]
-    began = time.time()
-    said = ""
-    with Watch(secret, key) as watch:
-        for words in (
-            ("round",),
-            ("auth", "test", "leonardo"),
-            ("status",),
-            ("log", "karolina"),
-            ("site", "test", "leonardo"),
-        ):
-            done = bed.flctl(*words, cwd=federation.place, env={"FLCTL_DEBUG": "1"})
-            said += done.stdout + done.stderr
-        # A traceback, with all that FLCTL_DEBUG shows: the journal is a folder.
-        broken = federation.place / "plan.json"
-        text = broken.read_bytes()
-        broken.write_bytes(b"[]")
-        done = bed.flctl("status", cwd=federation.place, env={"FLCTL_DEBUG": "1"})
-        said += done.stdout + done.stderr
-        broken.write_bytes(text)
-    codes = [parse_secret(secret, Totp()).code(began + step) for step in range(-30, int(time.time() - began) + 60, 30)]
-    assert federation.run("leonardo")["stage"] == "fetched"
+def test_no_secret_and_no_code_is_anywhere(
+    servers: dict[str, Sshd], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mine, both, keyed = tmp_path / "mine", servers["password+totp"], servers["key+totp"]
+    for path in (mine, mine / "password", mine / "codes", mine / "more-codes", tmp_path / "camp"):
+        path.mkdir(mode=0o700)
+    key = keygen(mine / "key", passphrase=PASSPHRASE)
+    servers["key"].authorize(key.with_suffix(".pub").read_text())
+    permitted = {"totp.automation": "permitted", "totp.permission": "by the test"}
+    secrets = [both.reset_codes(), keyed.reset_codes()]
+    ways = {
+        servers["key"]: {"key": "agent"},
+        keyed: {**permitted, "totp.secret": secret_file(mine / "codes", secrets[1])},
+        both: {
+            **permitted,
+            "totp.secret": secret_file(mine / "more-codes", secrets[0]),
+            "password.secret": secret_file(mine / "password", both.reset_password()),
+        },
+    }
+    words = [*secrets, both.password, PASSPHRASE, key.read_text().splitlines()[3]]
+    words.append(keyed.client_key.read_text().splitlines()[3])
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
+    monkeypatch.setenv("FLCTL_DEBUG", "1")
+    makers = [parse_secret(secret, Totp()).code for secret in secrets]
+    with agent(key, passphrase=PASSPHRASE) as address:
+        monkeypatch.setenv("SSH_AUTH_SOCK", address)
+        campaign = Ways(tmp_path / "camp", ways)
+        early_in_a_step()
+        began, said = time.time(), ""
+        with Watch(*words, makers=makers) as watch:
+            ran = campaign.flctl("round", timeout=300)
+            said += ran.stdout + ran.stderr
+            assert ran.returncode == 0, said
+            for command in (("status",), ("log", servers["key"].name), ("audit",)):
+                ran = campaign.flctl(*command)
+                said += ran.stdout + ran.stderr
+            monkeypatch.setattr(campaign, "words", lambda *arguments: [sys.executable, "-c", DEFECT, *arguments])
+            for server in (keyed, both):
+                ran = campaign.flctl("auth", "test", server.name)
+                assert "Traceback" in ran.stderr and "ZeroDivisionError: provoked" in ran.stderr, ran.stderr
+                said += ran.stdout + ran.stderr
+    codes = [maker(began + step) for maker in makers for step in range(-30, int(time.time() - began) + 60, 30)]
     assert watch.looks > 20 and watch.found == []
-    assert secret not in said and key not in said
+    assert [word for word in words if word in said] == []
     assert not re.search("|".join(rf"(?<![\w.]){code}(?!\w)" for code in codes), said)
-    roots = [bed.user.home, *(facility.account.home for facility in bed.facilities.values())]
-    assert leaks(roots, [secret, key], codes, kept=[bed.totp_file, bed.key]) == []
+    roots = [tmp_path / "camp", tmp_path / "state", *(server.account.home for server in ways)]
+    assert all(root.is_dir() for root in roots)
+    assert leaks(roots, words, codes) == []
+    campaign.clear()
 
 
 def test_the_scan_sees_a_leak(tmp_path: Path) -> None:
@@ -76,8 +129,11 @@ def test_the_scan_sees_a_leak(tmp_path: Path) -> None:
     (tmp_path / "state" / "x.safetensors").write_bytes(b"\0JBSWY3DPEHPK3PXP\0 123456")
     found = leaks([tmp_path], ["JBSWY3DPEHPK3PXP"], ["123456"])
     assert sorted(Path(line.split(":")[0]).name for line in found) == ["journal.jsonl", "x.safetensors"]
-    with Watch("JBSWY3DPEHPK3PXP") as watch:
-        import subprocess
 
-        subprocess.run(["sleep", "0.5"], env={"LEAK": "JBSWY3DPEHPK3PXP"}, check=True)
-    assert watch.found
+
+@pytest.mark.parametrize("leak", ["JBSWY3DPEHPK3PXP", "731942"], ids=["secret", "code"])
+def test_the_watch_sees_a_leak(leak: str) -> None:
+    for words, environment in ((["sleep", "0.5"], {"LEAK": leak}), (["sh", "-c", "sleep 0.5; :", leak], {})):
+        with Watch("JBSWY3DPEHPK3PXP", makers=[lambda moment: "731942"]) as watch:
+            subprocess.run(words, env={"PATH": "/usr/bin:/bin", **environment}, check=True)
+        assert watch.found

@@ -225,7 +225,7 @@ class Access:
             stop=self.stopped,
             on_login=lambda place, why: self._count_login(profile, place, why),
             on_rsync=lambda version: self._note_rsync(profile.name, version),
-            sparing=self.sparing or (profile.connection == "ssh" and allowance.scarce(profile)),
+            sparing=self.sparing,
         )
 
     def _note_rsync(self, site: str, version: str) -> None:

@@ -6,12 +6,14 @@ import re
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from flctl.campaign.driver import Seen
 from flctl.campaign.session import HASHING_RATE, Session
+from flctl.campaign.signing import record_of
 from flctl.campaign.steps.attempt import ordered
+from flctl.campaign.testimony import table_of
 from flctl.campaign.verdict import contribution_of
 from flctl.campaign.workspace import Workspace, read_record, write_json
 from flctl.durable import make_folder, move, remove
@@ -32,13 +34,16 @@ from flctl.records import (
 
 AT_ONCE = 16
 """Runs whose records are read by one command."""
+READ = (("order", "order.json"), ("done", "done.json"), ("sig", "done.json.sig"))
+"""What is read of each; the signature, which appears before its record, after it."""
 FILE = re.compile(r"([0-9a-f]{64}) [ *]\./([A-Za-z0-9_][A-Za-z0-9_./+-]{0,250})")
 ADOPTED = "it is from before this folder was rebuilt"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class There:
-    """One run as its site knows it: its newest attempt, the order, whether it was claimed, the completion record."""
+    """One run as its site knows it: its newest attempt, the order, whether it was claimed, the completion record as far
+    as it counts (`signing.record_of`)."""
 
     number: int
     attempt: int
@@ -76,31 +81,35 @@ def reconcile(session: Session, seen: Seen) -> list[Run]:
 
 
 def whats_there(session: Session, attempts: dict[int, int]) -> Iterable[There]:
-    """The records of these attempts at a site; folders that hold no order of this campaign are passed over."""
+    """The records of these attempts at a site, each journaled as it came; folders that hold no order of this campaign
+    are passed over."""
     workspace, site = session.workspace, session.site.name
     wanted = sorted(attempts)
     for start in range(0, len(wanted), AT_ONCE):
         numbers, commands = wanted[start : start + AT_ONCE], {}
         for number in numbers:
-            folder = session.root / "runs" / f"{number:04d}-{attempts[number]}"
-            commands[f"order{number}"] = read_file(folder / "order.json")
+            folder = _folder(session, number, attempts[number])
             commands[f"claim{number}"] = f"test -d {quote(folder / 'claim')}"
-            commands[f"done{number}"] = read_file(folder / "done.json")
+            for name, file in READ:
+                commands[f"{name}{number}"] = read_file(folder / file)
         answers = session.ask(commands)
         for number in numbers:
-            order, attempt = _object(answers[f"order{number}"]), attempts[number]
-            token = token_of(workspace.id, site, number, attempt)
+            attempt, text = attempts[number], {name: _text(answers[f"{name}{number}"]) for name, _ in READ}
+            for name, file in READ:
+                if text[name]:
+                    session.note_read(_folder(session, number, attempt) / file, text[name])
+            order, token = table_of(text["order"]), token_of(workspace.id, site, number, attempt)
             if order is not None and (order.get("token"), order.get("campaign_id")) == (token, workspace.id):
-                claimed, done = answers[f"claim{number}"].status == 0, _object(answers[f"done{number}"])
+                claimed, done = answers[f"claim{number}"].status == 0, record_of(session.site, text["done"], text["sig"])
                 yield There(number=number, attempt=attempt, order=order, claimed=claimed, done=done)
 
 
-def _object(answer: Answer) -> dict[str, Any] | None:
-    try:
-        data = json.loads(answer.stdout) if answer.status == 0 else None
-    except (ValueError, RecursionError):
-        return None
-    return data if isinstance(data, dict) else None
+def _folder(session: Session, number: int, attempt: int) -> PurePosixPath:
+    return session.root / "runs" / f"{number:04d}-{attempt}"
+
+
+def _text(answer: Answer) -> str:
+    return answer.stdout if answer.status == 0 else ""
 
 
 def _recreated(workspace: Workspace, site: str, there: There, before: Run | None, newest: int) -> Run:
@@ -125,10 +134,10 @@ def _closed(run: Run, done: dict[str, Any] | None) -> Run:
     """A run of a model that is made: what it brought is told by its record, and not fetched."""
     try:
         if done is None or done["outcome"] != "done":
-            raise ValueError(ADOPTED)
+            raise ValueError((done or {}).get("reason") or "it was not done")
         return replace(run, stage=Stage.FETCHED, contribution=contribution_of(run, done, done["base"]["sha256"]))
-    except (ValueError, KeyError, TypeError, AttributeError):
-        failure = Failure(code="job_failed", exit_code=6, message=ADOPTED)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        failure = Failure(code="job_failed", exit_code=6, message=f"{ADOPTED}: {error}")
         return replace(run, stage=Stage.FAILED, failure=failure, skipped=True)
 
 

@@ -4,31 +4,54 @@ An attempt that ended without success is revoked at its site first (its owner ta
 it may still do there is nobody's: another folder, another token, and no record of it is ever read again.
 """
 
+import time
 from dataclasses import replace
 
-from flctl.campaign import budget
+from flctl.campaign import budget, contacts
 from flctl.campaign.config import Configuration
 from flctl.campaign.workspace import Workspace
-from flctl.records import Attempt, Cause, Failure, Job, Run, Stage, token_of
+from flctl.facility.certificates import clock
+from flctl.facility.profile import Site
+from flctl.records import Attempt, Cause, Failure, Held, Job, Run, Stage, token_of
 
 AGAIN = frozenset({Cause.INFRASTRUCTURE, Cause.LOST})
 """Ends for which neither the program nor its order is to blame."""
 
+PAUSE_MOST = 3600.0
+"""Seconds between two submissions to a queue that is full, at most; at first it is `poll.every`."""
+
 
 def tries(run: Run) -> int:
-    """Attempts since a person last decided about the run, the present one with them."""
+    """Attempts since a person last decided about the run, the present one with them; those for which its queue had no
+    room were none."""
     count = 1
     for attempt in reversed(run.past):
         if not attempt.automatic:
             break
-        count += 1
+        count += attempt.cause != Cause.FULL
     return count
+
+
+def pause(run: Run, site: Site, *, stays: bool) -> float:
+    """Seconds to wait before a run whose queue was full is submitted again: twice as long each time in a row."""
+    times = 0
+    for attempt in reversed(run.past):
+        if attempt.cause != Cause.FULL:
+            break
+        times += 1
+    seconds = float(min(PAUSE_MOST, site.poll.every * 2 ** min(times, 12)))
+    return seconds if stays else max(seconds, contacts.between_ticks(site))
 
 
 def may_follow(run: Run, most: int) -> bool:
     """Whether flctl tries a failed run again by itself: what failed was not the job's own fault, or it ran out of time
-    and its checkpoint goes further than that of any attempt before; at most `most` tries in a row."""
-    if run.stage != Stage.FAILED or run.skipped or run.failure is None or tries(run) >= most:
+    and its checkpoint goes further than that of any attempt before; at most `most` tries in a row, but as many as it
+    takes where the queue is full."""
+    if run.stage != Stage.FAILED or run.skipped or run.failure is None:
+        return False
+    if run.failure.cause == Cause.FULL:
+        return True
+    if tries(run) >= most:
         return False
     if run.failure.cause == Cause.TIME:
         return (run.job.progress or 0) > max((attempt.progress or 0 for attempt in run.past), default=0)
@@ -60,9 +83,10 @@ def opened(workspace: Workspace, run: Run, *, automatic: bool) -> Run:
     )
 
 
-def followed(workspace: Workspace, configuration: Configuration, run: Run) -> Run:
+def followed(workspace: Workspace, configuration: Configuration, site: Site, run: Run, *, stays: bool) -> Run:
     """The run as judged, or with its next attempt if flctl opens that by itself. The failure is journaled; run and next
-    attempt are one record, so that nobody sees a failure that is already made good."""
+    attempt are one record, so that nobody sees a failure that is already made good. Where the queue was full, it begins
+    after a pause. `stays`: another contact costs no login."""
     most = configuration.retry.attempts
     if not may_follow(run, most):
         return run
@@ -79,7 +103,11 @@ def followed(workspace: Workspace, configuration: Configuration, run: Run) -> Ru
         cause=why.cause if why else None,
         progress=run.job.progress,
     )
-    return opened(workspace, run, automatic=True)
+    following = opened(workspace, run, automatic=True)
+    if why is None or why.cause != Cause.FULL:
+        return following
+    now = time.time()
+    return replace(following, held=Held(reason=why.message, since=now, until=now + pause(run, site, stays=stays)))
 
 
 def waits_for_a_person(run: Run) -> bool:
@@ -96,4 +124,6 @@ def line_of_next(run: Run) -> str:
     """That flctl tries again by itself, and why, as a line of text."""
     last = run.past[-1]
     went = f" from step {last.progress}" if last.progress else ""
+    if run.held is not None and run.held.until is not None:
+        went = f" at {clock(run.held.until)}"
     return f"{run.site}: run {run.number:04d}: {last.reason}; attempt {run.attempt} follows{went}"

@@ -33,14 +33,30 @@ def next_due(site: Site, runs: Sequence[Run], now: float, *, stays: bool) -> flo
     changed = max((run.changed_at for run in runs), default=now)
     interval = pace(site, now - changed)
     if site.connection == "ssh" and not stays:
-        interval = max(site.poll.login_every if site.login.coded else interval, DAY / site.login.per_day)
+        interval = max(between_ticks(site), 0.0 if site.login.coded else interval)
     moments = [now + interval]
     for run in runs:
         seconds = (run.job.absent_at, run.job.never_at, run.job.again_at)
         moments += [at for first in seconds if first is not None and (at := first + site.poll.absence) > now]
-        expected = (run.job.expected_start, run.job.expected_end)
-        moments += [moment + SETTLING for moment in expected if moment is not None and moment > now]
+        moments += [moment + SETTLING for moment in _expected(run, site) if moment is not None and moment > now]
+        if run.held is not None and run.held.until is not None and run.held.until > now:
+            moments.append(run.held.until)
     return max(now + min(1.0, interval), min(moments))
+
+
+def _expected(run: Run, site: Site) -> tuple[float | None, float | None]:
+    """When the run's job begins and ends, as the scheduler has it. Where it says nothing of the end: as if the job had
+    begun at once, or when it is expected to, and took its whole walltime."""
+    job, end = run.job, run.job.expected_end
+    if end is None and run.stage in (Stage.QUEUED, Stage.RUNNING):
+        begins = job.started_at or job.expected_start or run.changed_at
+        end = begins + (job.walltime or site.shape.walltime)
+    return job.expected_start, end
+
+
+def between_ticks(site: Site) -> float:
+    """Seconds between two looks of ticks at least, each of which is a login."""
+    return max(site.poll.login_every if site.login.coded else site.poll.every, DAY / site.login.per_day)
 
 
 def pace(site: Site, quiet: float) -> float:
@@ -116,6 +132,11 @@ def _pause(contact: Contact) -> float:
 
 def is_held(held: Held | None) -> bool:
     return held is not None and (held.until is None or held.until > time.time())
+
+
+def for_a_person(held: Held | None) -> bool:
+    """Whether a hold does not end by itself."""
+    return held is not None and held.until is None
 
 
 def hold_of(contact: Contact) -> Held | None:

@@ -120,7 +120,7 @@ class Engine:
                 looked = True
                 self.note(site, "asking the scheduler")
                 for before, after in zip(submitted, steps.check(session, submitted), strict=True):
-                    self.record(before, attempts.followed(self.workspace, configuration, after))
+                    self.record(before, self._followed(session, configuration, after))
                 continue
             ready = next((run for run in runs if run not in submitted), None)
             if ready is None:
@@ -129,8 +129,13 @@ class Engine:
             self.record(ready, after)
             looked = looked or after.stage == Stage.QUEUED
 
+    def _followed(self, session: Session, configuration: Configuration, run: Run) -> Run:
+        stays = self.stays or self.access.is_kept(run.site)
+        return attempts.followed(self.workspace, configuration, session.site, run, stays=stays)
+
     def _step(self, session: Session, run: Run, configuration: Configuration) -> Run:
         """The one step that the run's stage calls for; a run that fails for good is failed here."""
+        run = replace(run, held=None)  # until a time that is over
         try:
             if run.stage == Stage.ORDERED or (run.stage == Stage.DELIVERED and run.job.rate is None):
                 run = budget.admitted(self.workspace, configuration, session.site, run)
@@ -162,7 +167,7 @@ class Engine:
         faults.point("run-recorded", subject_of(after))
         if after.failure is not None and after.failure != before.failure:
             self.errors.append((after.site, after.failure))
-        if after.held is not None and after.held != before.held:
+        if after.held is not None and contacts.for_a_person(after.held) and after.held != before.held:
             if after.failure is None:
                 self.errors.append((after.site, budget.held_by_budget(after)))
             self.workspace.journal.append("held", site=after.site, number=after.number, reason=after.held.reason)

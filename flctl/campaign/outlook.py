@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatch
 
-from flctl.campaign import budget
+from flctl.campaign import budget, contacts
 from flctl.campaign.access import expected_logins
 from flctl.campaign.config import BudgetTable, Configuration, load_profile
 from flctl.campaign.contacts import DAY, failure_of
@@ -47,7 +47,8 @@ class Told:
 class Outlook:
     """A plan at one site. `walltime` in seconds, node-hours as the site charges them, `*_round` of one round at most,
     the first one left out of `bytes_out` where the newest model is there already (`resident`); `free` and `need` in
-    bytes, the latter `copies` times the model; `login_until` in Unix seconds."""
+    bytes, the latter `copies` times the model; `login_until` in Unix seconds; `look`: seconds between two looks of
+    ticks, besides those at jobs' expected starts and ends, each a login of the day's `per_day` (None: costs none)."""
 
     site: str
     jobs: int
@@ -65,6 +66,8 @@ class Outlook:
     bytes_in: int
     resident: bool
     logins: int
+    look: float | None
+    per_day: int
     login_until: float | None
     free: int | None
     need: int
@@ -124,6 +127,7 @@ def _at(matter: Matter, site: Site, told: Told) -> Outlook:
     want = want_of(workspace, matter.configuration, site, matter.plan)
     kept = {} if site.connection == "local" else holding.found(site, workspace.root / "known_hosts")
     until, doubts = _login_until(site, kept)
+    needed = expected_logins(site, kept)
     view = Outlook(
         site=name,
         jobs=jobs,
@@ -140,7 +144,9 @@ def _at(matter: Matter, site: Site, told: Told) -> Outlook:
         bytes_out=out,
         bytes_in=back,
         resident=resident,
-        logins=expected_logins(site, kept),
+        logins=needed,
+        look=contacts.between_ticks(site) if needed else None,
+        per_day=site.login.per_day,
         login_until=until,
         free=contact.free,
         need=want.size,
@@ -300,6 +306,17 @@ def hours(view: Outlook) -> str:
     """`4 node-hours a round at most, 12.3 of 100 used`."""
     used = f"{view.used:.4g} of {view.budget:.4g} used" if view.budget else f"{view.used:.4g} used"
     return f"{view.node_hours_round:.4g} node-hours a round at most, {used}"
+
+
+def logins(view: Outlook) -> str:
+    """`2 a round, which stays logged in; or each time a tick looks: every 2:00:00 and when a job is expected ...`."""
+    if view.look is None:
+        return f"{view.logins} a round"
+    every = limits.clock(round(view.look))
+    return (
+        f"{view.logins} a round, which stays logged in; or each time a tick looks: every {every} "
+        f"and when a job is expected to begin or end (login.per_day = {view.per_day})"
+    )
 
 
 def line(view: Outlook) -> str:

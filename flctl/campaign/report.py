@@ -116,7 +116,9 @@ def notices(run: Run) -> list[str]:
     if not run.open:
         return []
     lines, name = [], f"{run.site}: run {run.number:04d}"
-    if run.held is not None:
+    if run.held is not None and run.held.until is not None:
+        lines.append(f"{name} waits until {clock(run.held.until)}\n  -> flctl release {run.site} tries it now")
+    elif run.held is not None:
         remedy = run.failure.hint if run.failure else f"flctl release {run.site}"
         lines.append(f"{name} is HELD: {run.held.reason}\n  -> {remedy}")
     elif words := advice(run.job, run.site):
@@ -164,7 +166,7 @@ def state_of(run: Run, contact: Contact) -> str:
     """What a site is doing, in words."""
     held = run.held or (hold_of(contact) if run.open else None)
     if held is not None:
-        return f"HELD: {held.reason}"
+        return f"HELD: {held.reason}" if held.until is None else f"waits: {held.reason}"
     if contact.trouble is not None and run.open:
         return f"{run.stage}; {contact.trouble.message}"
     return run.stage

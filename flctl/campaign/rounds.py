@@ -6,7 +6,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field, replace
 
 from flctl.campaign.attempts import why_held
-from flctl.campaign.contacts import failure_of, hold_of, is_held, remedy_of
+from flctl.campaign.contacts import failure_of, for_a_person, hold_of, is_held, remedy_of
 from flctl.campaign.engine import Engine
 from flctl.campaign.planning import is_open
 from flctl.campaign.report import failed_runs
@@ -105,7 +105,7 @@ def _try_again(workspace: Workspace) -> None:
 
 def _stuck(run: Run, contact: Contact) -> bool:
     """Whether waiting longer for this run is no use without a person."""
-    if run.held is not None or contact.held is not None:
+    if for_a_person(run.held) or contact.held is not None:
         return True
     if contact.trouble is None:
         return False
@@ -134,7 +134,7 @@ def _explain(engine: Engine, decision: Decision | None) -> Errors:
         contact = workspace.contact(run.site)
         if run.open and hold_of(contact) is not None:
             errors.append((run.site, _held(run.site, contact)))
-        elif run.open and run.held is not None:
+        elif run.open and for_a_person(run.held):
             errors.append((run.site, why_held(run)))
         elif run.open and contact.trouble is not None:
             errors.append((run.site, contact.trouble))
@@ -175,7 +175,7 @@ def tick_outcome(engine: Engine, decision: Decision | None) -> Outcome:
     new = {site for site, _ in engine.errors}
     contacts = {run.site: workspace.contact(run.site) for run in workspace.runs() if run.open}
     held = [(site, _held(site, contact)) for site, contact in contacts.items() if hold_of(contact) and site not in new]
-    waiting = [run for run in workspace.runs() if run.open and run.held and run.site not in new]
+    waiting = [run for run in workspace.runs() if run.open and for_a_person(run.held) and run.site not in new]
     held += [(run.site, why_held(run)) for run in waiting]
     return Outcome(done=done, errors=_unique(engine.errors), notes=[*held, *_lacking(workspace, decision)])
 

@@ -1,7 +1,6 @@
 """Owns one site's session: its paths, its programs, and every file that crosses its border (each is journaled)."""
 
 import re
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from hashlib import sha256
@@ -13,6 +12,7 @@ from flctl.campaign import shipped
 from flctl.campaign.workspace import Workspace
 from flctl.durable import fsync_folders, make_folder
 from flctl.errors import ConfigurationError, TransferFailed
+from flctl.facility import scratch
 from flctl.facility.connection import Connection
 from flctl.facility.profile import Site
 from flctl.facility.scheduler import Scheduler, scheduler_of
@@ -76,9 +76,9 @@ class Session:
 
     def place_merger(self) -> None:
         """Put the zip that merges there, unless it is there whole."""
-        with tempfile.TemporaryDirectory() as folder:
-            (Path(folder) / shipped.MERGER).write_bytes(shipped.merger())
-            self.place_all([(Path(folder), shipped.merger_manifest(), self.merger.parent)], hashed=True)
+        with scratch.folder() as folder:
+            (folder / shipped.MERGER).write_bytes(shipped.merger())
+            self.place_all([(folder, shipped.merger_manifest(), self.merger.parent)], hashed=True)
 
     def gather(self, files: Sequence[FileEntry], near: Sequence[PurePosixPath], target: PurePosixPath) -> None:
         """Make a new folder of files that lie in other folders of the site, hard links where it can, if each is there

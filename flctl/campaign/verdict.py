@@ -130,16 +130,19 @@ def after_revoking(
     refusal: str = "",
     said: str = "",
     fenced: bool = False,
+    purged: bool = False,
+    full: bool = False,
 ) -> Verdict:
     """What stands once `owner` can no longer change hands: a record after all, a job that died, or one that can
     never start. `said`: what the submission left on stderr; `fenced`: a second copy of the job found the attempt
-    taken, so the scheduler's word may be of that one."""
+    taken, so the scheduler's word may be of that one; `purged`: its order is not there any more;
+    `full`: `said` is that the queue has no room."""
     site = run.site
     if job.ending:
         return _failed(run, job, Cause.CANCELLED_BY_US, job.ending, hint=f"flctl retry {site} tries again")
     again = job.again_at is not None
     if done is not None and _is_ours(run, done) and not (again and _doubted(done)):
-        return _sealed(run, job, done, base_sha256, final=True)
+        return _sealed(run, job, done, base_sha256, final=True, fenced=fenced)
     words = f"; the scheduler said {_words(job.state, job.reason)}" if job.state else ""
     if again:
         what = "waited again after it had started" if not _revoked(owner) else "could not be launched"
@@ -149,7 +152,13 @@ def after_revoking(
         message = f"job {job.id} ended without a record (killed, time limit or node loss){words}"
         if (fenced or _launched_twice(job)) and cause == Cause.PROGRAM:
             cause, message = Cause.INFRASTRUCTURE, f"{message}, of a second launch"
-        return _ended(run, job, cause or Cause.LOST, message, hint=f"see flctl log {site}, then flctl retry {site}")
+        hint = f"see flctl log {site}, then flctl retry {site}"
+        return _ended(run, job, cause or Cause.LOST, message, hint=hint, fenced=fenced)
+    if purged and cause == Cause.PROGRAM:
+        cause, words = Cause.INFRASTRUCTURE, f"{words}; its order is gone from the site (purged?)"
+    if full and (refusal or job.id is None):
+        message = f"{site} takes no more jobs just now: {refusal or said}"
+        return _failed(run, job, Cause.FULL, message, hint=f"it is tried again; flctl release {site}: now")
     return _never_started(run, job, cause, refusal, said, words)
 
 
@@ -176,9 +185,10 @@ def _never_started(run: Run, job: Job, cause: Cause | None, refusal: str, said: 
     return _ended(run, job, cause or Cause.LOST, message, hint=f"flctl retry {site}")
 
 
-def _ended(run: Run, job: Job, cause: Cause, message: str, *, hint: str) -> Verdict:
+def _ended(run: Run, job: Job, cause: Cause, message: str, *, hint: str, fenced: bool = False) -> Verdict:
     """How an ended attempt is taken. Where somebody else cancelled the job, the run stays open: it was meant, so no new
-    one is sent without a person's word."""
+    one is sent without a person's word. A job that was launched twice Slurm itself cancels as root: its node has it
+    already ("Duplicate jobid"), and it may not be requeued."""
     if cause == Cause.CONFIGURATION:
         message += (
             f": its folder or log could not be used there (quota, permissions?), or sites/{run.site}.toml is wrong"
@@ -186,6 +196,8 @@ def _ended(run: Run, job: Job, cause: Cause, message: str, *, hint: str) -> Verd
     if cause == Cause.MEMORY:
         message += "; most likely out of memory"
         hint = f"more memory or less per step in sites/{run.site}.toml, then flctl retry {run.site}"
+    if cause == Cause.CANCELLED_BY_OTHER and job.cancelled_by in (None, 0) and (fenced or _launched_twice(job)):
+        cause, message = Cause.INFRASTRUCTURE, f"{message}, of a second launch"
     if cause == Cause.CANCELLED_BY_OTHER and job.revoked:
         cause = Cause.LOST  # that was our own scancel: a kill came between it and its record
     if cause != Cause.CANCELLED_BY_OTHER:
@@ -285,10 +297,17 @@ def _is_ours(run: Run, done: dict[str, Any]) -> bool:
 
 
 def _sealed(
-    run: Run, job: Job, done: dict[str, Any], base_sha256: str, *, ended: Seen | None = None, final: bool = False
+    run: Run,
+    job: Job,
+    done: dict[str, Any],
+    base_sha256: str,
+    *,
+    ended: Seen | None = None,
+    final: bool = False,
+    fenced: bool = False,
 ) -> Verdict:
     """The record speaks: done, or failed with its reason. `ended`: the job's end as the scheduler shows it; `final`:
-    what the scheduler said before is its last word."""
+    what the scheduler said before is its last word; `fenced`: as in `after_revoking`."""
     try:
         began, finished = _moment(done["started_at"]), _moment(done["ended_at"])
         if began is None or finished is None:
@@ -305,7 +324,7 @@ def _sealed(
         cause = cause_with_record(done, told, over=over)
         words = f" (scheduler: {_words(job.state, job.reason)})" if told and job.state != "COMPLETED" else ""
         hint = f"see flctl log {run.site}, then flctl retry {run.site}"
-        return _ended(run, job, cause, f"{done['reason'] or 'the job failed'}{words}", hint=hint)
+        return _ended(run, job, cause, f"{done['reason'] or 'the job failed'}{words}", hint=hint, fenced=fenced)
     except (KeyError, TypeError, ValueError) as error:
         message = f"the completion record is not valid: {error!r}"
         return _failed(run, job, Cause.PROGRAM, message, hint=f"flctl retry {run.site}")

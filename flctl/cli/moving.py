@@ -3,7 +3,6 @@
 import os
 import signal
 import sys
-import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -48,10 +47,10 @@ def moving(
     """An engine for this process, which a signal stops in order. `command`: the name of a command that answers with
     JSON; `terminal`: lends the terminal to a program that asks a person (None: nobody is there)."""
     from flctl.campaign.engine import Engine
+    from flctl.facility import scratch
 
     stop = threading.Event()
-    with heeding(stop):
-        runtime = Path(tempfile.mkdtemp(prefix="flctl-"))
+    with heeding(stop), scratch.folder() as runtime:
         engine = Engine(workspace=workspace, runtime=runtime, stop=stop, tell=tell, terminal=terminal)
         try:
             yield engine

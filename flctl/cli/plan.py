@@ -117,7 +117,7 @@ def _print(
 
 
 def _rows(view: "Outlook") -> list[tuple[str, str]]:
-    from flctl.campaign.outlook import hours, resources
+    from flctl.campaign.outlook import hours, logins, resources
     from flctl.facility.limits import count, size
     from flctl.facility.probe import start_in_words
 
@@ -130,7 +130,7 @@ def _rows(view: "Outlook") -> list[tuple[str, str]]:
         ("starts", start_in_words(view.told.start)),
         ("node-hours", f"{hours(view)}; {view.node_hours_plan:.4g} for the plan"),
         ("files", files),
-        ("logins", f"{view.logins} a round"),
+        ("logins", logins(view)),
         ("space", f"{free}, {size(view.need)} wanted ({view.copies} x the model)"),
     ]
     if view.purge_days:

@@ -11,7 +11,7 @@ from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any, Protocol
 
 from flctl.errors import HostKeyRefused, SiteUnreachable
-from flctl.facility import hostkeys
+from flctl.facility import allowance, hostkeys
 from flctl.facility.hostkeys import HostKey
 from flctl.facility.openssh import Place, jump_place, login_place, transfer_place, unreachable
 from flctl.facility.profile import Site
@@ -128,18 +128,23 @@ class SshConnection:
         self._wire.close()
 
     def _road(self) -> "Carrier":
-        """How rsync gets there: over this connection where a login of its own would cost a code, or where the shell
-        prints something before a command; else over ssh, which is several times faster."""
+        """How rsync gets there: over this connection where a login of its own would cost a code, where the shell prints
+        something before a command, or once few of the day's logins are left; else over ssh, several times faster."""
         from flctl.facility.over_connection import OverConnection
         from flctl.facility.over_ssh import OverSsh
 
-        if self._carrier is None:
-            if shares(self.site, sparing=self.road.sparing) or self._is_noisy():
-                self._carrier = OverConnection(self.site, self.road, self._wire)
-            else:
-                self._carrier = OverSsh(self.site, self.road, partial(self._count, "files"))
-        self._carrier.lock_fds = self.lock_fds
-        return self._carrier
+        carrier = self._carrier
+        if carrier is None or (isinstance(carrier, OverSsh) and not carrier.is_in()):
+            sparing = self.road.sparing or allowance.scarce(self.site)
+            if shares(self.site, sparing=sparing) or (carrier is None and self._is_noisy()):
+                if carrier is not None:
+                    carrier.close()
+                carrier = OverConnection(self.site, self.road, self._wire)
+            elif carrier is None:
+                carrier = OverSsh(self.site, self.road, partial(self._count, "files"))
+        carrier.lock_fds = self.lock_fds
+        self._carrier = carrier
+        return carrier
 
     def _is_noisy(self) -> bool:
         """Whether the shell that rsync would meet prints anything by itself."""

@@ -12,7 +12,6 @@ import json
 import os
 import re
 import socket
-import stat
 import subprocess
 import time
 from collections.abc import Callable, Iterator
@@ -20,7 +19,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 from flctl.errors import ConfigurationError, FlctlError, Locked, LoginNeeded
-from flctl.facility import hostkeys, ledger
+from flctl.facility import hostkeys, ledger, scratch
 from flctl.facility.openssh import (
     Place,
     environment,
@@ -35,9 +34,6 @@ LINGER = 10
 """Seconds for which the ssh outlives its holder and its last user."""
 
 HOLDER_TIMEOUT = 15.0
-
-PATH_MOST = 103 - 17
-"""Bytes of a socket's path on macOS, less what ssh adds while it makes its own."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,22 +60,7 @@ class Kept:
 
 def folder(*, make: bool = False) -> Path:
     """Where they lie: private to the user, and short enough for sockets. ConfigurationError if others can enter it."""
-    path = ledger.state_folder() / "kept"
-    if len(os.fsencode(path)) + 12 > PATH_MOST:
-        path = Path("/tmp") / f"flctl-{os.geteuid()}-{hashlib.sha256(os.fsencode(path)).hexdigest()[:8]}"
-    if make:
-        with contextlib.suppress(FileExistsError):
-            path.mkdir(mode=0o700)
-    try:
-        found = path.lstat()
-    except FileNotFoundError:
-        return path
-    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.geteuid() or stat.S_IMODE(found.st_mode) & 0o077:
-        raise ConfigurationError(
-            f"{path} must be a folder of yours that nobody else can enter: who can may use the connections kept there",
-            hint=f"see who made it; then rm -r {path}",
-        )
-    return path
+    return scratch.private(ledger.state_folder() / "kept", room=12, make=make)
 
 
 def places(site: Site) -> list[Place]:

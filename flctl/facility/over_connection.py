@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from flctl.errors import FlctlError, SiteUnreachable
-from flctl.facility import patience
+from flctl.facility import patience, scratch
 from flctl.facility.profile import Site
 from flctl.facility.rsync import Shell
-from flctl.facility.sockets import listening, remove, socket_folder
+from flctl.facility.sockets import listening
 from flctl.words import printable
 
 if TYPE_CHECKING:
@@ -33,7 +33,8 @@ class OverConnection:
 
     def __init__(self, site: Site, road: "Road", wire: "paramiko.Transport") -> None:
         self.site, self.road, self.lock_fds, self._wire = site, road, road.lock_fds, wire
-        self._folder = socket_folder(road.runtime)
+        self._end = contextlib.ExitStack()
+        self._folder = self._end.enter_context(scratch.for_sockets(road.runtime))
         self._channel: Any = None
         self._problem = ""
 
@@ -60,7 +61,7 @@ class OverConnection:
         )
 
     def close(self) -> None:
-        remove(self._folder, self.road.runtime)
+        self._end.close()
 
     def _carry(self, link: socket.socket) -> None:
         """One rsync: its streams and its command come over the link, its exit status goes back."""

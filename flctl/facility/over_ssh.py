@@ -26,13 +26,13 @@ from flctl.errors import (
     LoginTooSoon,
     SiteUnreachable,
 )
-from flctl.facility import allowance, patience
+from flctl.facility import allowance, patience, scratch
 from flctl.facility.codes import Answers
 from flctl.facility.openssh import Place, environment, jump_place, quoted, ssh, transfer_place, unreachable
 from flctl.facility.profile import Site
 from flctl.facility.renewal import check
 from flctl.facility.rsync import Shell, end
-from flctl.facility.sockets import listening, remove, socket_folder
+from flctl.facility.sockets import listening
 from flctl.words import printable
 
 if TYPE_CHECKING:
@@ -49,7 +49,8 @@ class OverSsh:
         self.site, self.road, self.lock_fds, self._count = site, road, road.lock_fds, count
         self._place = transfer_place(site)
         self._coded = site.login.coded
-        self._folder = socket_folder(road.runtime)
+        self._end = contextlib.ExitStack()
+        self._folder = self._end.enter_context(scratch.for_sockets(road.runtime))
         self._answers: Answers | None = None
         self._given_up = threading.Event()
         self._lifeline: socket.socket | None = None
@@ -118,9 +119,13 @@ class OverSsh:
                 subprocess.run(argv, env=environment(), capture_output=True, timeout=10, check=False)
             self._lifeline.close()
             self._lifeline = None
-        remove(self._folder, self.road.runtime)
+        self._end.close()
 
     # The shared connection
+
+    def is_in(self) -> bool:
+        """Whether the next rsync costs no login."""
+        return self.site.login.multiplex and self._master_lives()
 
     def _ssh(self, *, code: bool) -> list[str]:
         return ssh(self.site, self._place, self.road.known_hosts, code=code)
@@ -266,7 +271,7 @@ class OverSsh:
         except (OSError, subprocess.SubprocessError) as error:
             raise ConfigurationError(
                 f"no program can be run in {program.parent}: {error}",
-                hint="set TMPDIR to a folder that is not mounted noexec",
+                hint="let XDG_STATE_HOME name a folder that is not mounted noexec",
                 site=self.site.name,
             ) from error
 

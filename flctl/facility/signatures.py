@@ -5,11 +5,10 @@ The format is OpenSSH's own (PROTOCOL.sshsig); ssh-keygen -Y came with OpenSSH 8
 
 import shutil
 import subprocess
-import tempfile
 from collections.abc import Sequence
-from pathlib import Path
 
 from flctl.errors import ConfigurationError
+from flctl.facility import scratch
 from flctl.words import printable
 
 NAMESPACE = "flctl-manifest"
@@ -29,8 +28,8 @@ def fault(content: bytes, signature: str, site: str, signer: str) -> str:
         return "there is no signature"
     if len(signature) > LONGEST:
         return "what should be a signature is too long to be one"
-    with tempfile.TemporaryDirectory(prefix="flctl-") as folder:
-        pinned, given = Path(folder) / "signers", Path(folder) / "signature"
+    with scratch.folder() as folder:
+        pinned, given = folder / "signers", folder / "signature"
         pinned.write_text(f'{site} namespaces="{NAMESPACE}" {signer}\n')
         given.write_text(signature)
         words = [_program(), "-Y", "verify", "-n", NAMESPACE, "-f", str(pinned), "-I", site, "-s", str(given)]

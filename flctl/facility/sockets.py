@@ -1,16 +1,10 @@
 """Owns the sockets by which our children talk back to us: private, short-lived, served by threads of this process."""
 
 import contextlib
-import os
-import shutil
 import socket
-import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
-
-LONGEST_FOLDER = 80
-"""Bytes of a folder's path: that of a socket may have 104 on macOS, and ssh adds 17 while it makes its own."""
 
 
 @contextlib.contextmanager
@@ -45,15 +39,3 @@ def listening(address: Path, serve: Callable[[socket.socket], None]) -> Iterator
             for thread in threads:
                 thread.join(timeout=5)
             address.unlink(missing_ok=True)
-
-
-def socket_folder(runtime: Path) -> Path:
-    """A private folder whose path is short enough for sockets."""
-    if len(os.fsencode(runtime)) <= LONGEST_FOLDER:
-        return runtime
-    return Path(tempfile.mkdtemp(prefix="flctl-sockets-", dir="/tmp"))
-
-
-def remove(folder: Path, runtime: Path) -> None:
-    if folder != runtime:
-        shutil.rmtree(folder, ignore_errors=True)

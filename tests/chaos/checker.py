@@ -6,8 +6,10 @@ was acknowledged before a kill, at secrets, and at files outside of where flctl 
 """
 
 import json
+import os
 import re
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from hashlib import sha256
 from pathlib import Path
@@ -262,6 +264,16 @@ def leaks(folders: Iterable[Path], canaries: Mapping[str, bytes], allowed: Colle
 
 def tree(folder: Path) -> set[Path]:
     return set(folder.rglob("*"))
+
+
+def owned(folder: Path, users: Collection[int]) -> set[Path]:
+    """What lies in a folder that others use too, such as /tmp, and belongs to these accounts."""
+    found = set()
+    for entry in os.scandir(folder):
+        with suppress(FileNotFoundError):
+            if entry.stat(follow_symlinks=False).st_uid in users:
+                found.add(Path(entry.path))
+    return found
 
 
 def strangers(before: Collection[Path], after: Collection[Path], allowed: Sequence[Path]) -> list[str]:

@@ -30,7 +30,7 @@ class Driven:
         self._seen = checker.acknowledged(self.place)
         self._jobs = {site: [job.id for job in self._slurm(site)] for site in SITES}
         self._marks = {site: self.bed.facilities[site].sshd.mark() for site in SITES}
-        self._trees = {folder: checker.tree(folder) for folder in self._homes()}
+        self._trees = self._files()
 
     # Processes
 
@@ -143,8 +143,7 @@ class Driven:
     def _strangers(self, remotes: Mapping[str, Path]) -> list[str]:
         home = self.bed.user.home
         allowed = [self.place, home / ".local/state/flctl", self.log, self.trace, *remotes.values()]
-        after = {folder: checker.tree(folder) for folder in self._homes()}
-        return [item for folder in after for item in checker.strangers(self._trees[folder], after[folder], allowed)]
+        return checker.strangers(self._trees, self._files(), allowed)
 
     def _budget(self, *, cut: bool) -> list[str]:
         """No login failed, and no process logged in more often than it needed: for commands, and for files; where
@@ -158,8 +157,11 @@ class Driven:
                 found.append(f"{site}: {attempts.logins} logins of {self.processes} processes")
         return found
 
-    def _homes(self) -> list[Path]:
-        return [self.bed.user.home, *(self.bed.facilities[site].home for site in SITES)]
+    def _files(self) -> set[Path]:
+        """What is in the homes of the orchestrator and of the accounts at the sites, and what is theirs in /tmp."""
+        accounts = [self.bed.user, *(self.bed.facilities[site].account for site in SITES)]
+        homes = (checker.tree(account.home) for account in accounts)
+        return checker.owned(Path("/tmp"), [account.uid for account in accounts]).union(*homes)
 
     def _slurm(self, site: str) -> tuple[checker.JobRecord, ...]:
         return checker.slurm_jobs(self.bed.facilities[site].slurm.job_records)

@@ -31,6 +31,8 @@ DAY, HOUR = 86400.0, 3600.0
 PER_DAY = 12
 GAP_MOST = 3
 """A site with work may be left alone for so many times the day's share of one login."""
+FAILED_MOST = 10
+"""Jobs that may fail before the row is given up: something else is broken then."""
 CLOCK = Path("/var/lib/flctl-testbed/login-week.clock")
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -122,6 +124,7 @@ class Week:
     dice: random.Random
     logins: dict[str, list[float]] = field(default_factory=dict)
     cuts: int = 0
+    failed_jobs: int = 0
 
     def __post_init__(self) -> None:
         self.began = time.time()
@@ -186,9 +189,10 @@ class Week:
 
 
 def live(week: Week, runtime: Path) -> None:
-    """`flctl round` with more rounds than the days can hold."""
+    """`flctl round` with more rounds than the days can hold. A job that fails is this row's business only as the looks
+    and logins that it costs: its run is tried again, as a person would."""
     from flctl.campaign.engine import Engine
-    from flctl.campaign.planning import open_plan
+    from flctl.campaign.planning import open_plan, retry
     from flctl.campaign.rounds import drive
     from flctl.campaign.workspace import Workspace
     from flctl.errors import Interrupted
@@ -196,8 +200,14 @@ def live(week: Week, runtime: Path) -> None:
     workspace = Workspace(week.camp.place)
     week.engine = Engine(workspace=workspace, runtime=runtime)
     try:
-        outcome = drive(week.engine, open_plan(workspace, [], 1000, None), wait=None, pause=week.pause)
-        raise RuntimeError(f"flctl round ended: {outcome.errors}")
+        plan = open_plan(workspace, [], 1000, None)
+        while True:
+            outcome = drive(week.engine, plan, wait=None, pause=week.pause)
+            failed = [failure for _, failure in outcome.errors if failure.code == "job_failed"]
+            week.failed_jobs += len(failed)
+            if not failed or week.failed_jobs > FAILED_MOST:
+                raise RuntimeError(f"flctl round ended: {outcome.errors}")
+            retry(week.engine, None)
     except Interrupted:
         week.look()
     finally:
@@ -227,6 +237,8 @@ def main(hours: int, seed: int, per_day: int, folder: Path) -> None:
                 "worst": max(week.most(name) for name in week.logins),
                 "logins": figures,
                 "cuts": week.cuts,
+                "failed_jobs": week.failed_jobs,
+                "failed_codes": {name: count(server.log_text()).failed_codes for name, server in camp.servers.items()},
                 "models": week.engine.workspace.newest_model().version,
                 "longest_gap_hours": round(week.gap / HOUR, 1),
                 "notes": week.notes(),

@@ -175,6 +175,19 @@ class Slurm:
             self.controller.stop()
             self.start(fresh=False)
 
+    @contextlib.contextmanager
+    def limited(self, *lines: str) -> Iterator[None]:
+        """The controller, started anew, with these lines in slurm.conf besides."""
+        self.controller.stop()
+        self.configuration.write_text("\n".join([self._text(), *lines, ""]), encoding="ascii")
+        self.controller.start()
+        wait_until(self._serves, f"the controller of {self.name} serves", every=0.1)
+        try:
+            yield
+        finally:
+            self.controller.stop()
+            self.start(fresh=False)
+
     def requests(self, kind: str, uid: int) -> list[float]:
         """When (Unix seconds, the machine's zone) a user's requests of that kind arrived, by the controller's log:
         REQUEST_JOB_USER_INFO is a squeue of his jobs."""

@@ -141,6 +141,7 @@ def revoke(session: Session, run: Run, verdict: Verdict, looked: dict[str, Answe
             "done": read_file(folder / "done.json"),
             "sig": read_file(folder / "done.json.sig"),
             "fenced": f"test -e {quote(folder / 'fenced')}",
+            "order": f"test -s {quote(folder / 'order.json')}",
         }
     )
     faults.point("revoked", run.site)
@@ -154,9 +155,10 @@ def revoke(session: Session, run: Run, verdict: Verdict, looked: dict[str, Answe
     looked |= {f"{name}{run.number}": answers[name] for name in ("owner", "done", "sig")}
     sealed = record_of(session.site, answers["done"].stdout, answers["sig"].stdout)
     base = session.workspace.model_record(run.order.base)["sha256"]
-    said = printable(looked[f"err{run.number}"].stdout)
-    fenced = answers["fenced"].status == 0
-    return after_revoking(run, verdict.job, owner, sealed, base, verdict.refusal, said, fenced)
+    said = looked[f"err{run.number}"].stdout
+    full = session.scheduler.full(said)
+    fenced, purged = answers["fenced"].status == 0, answers["order"].status != 0
+    return after_revoking(run, verdict.job, owner, sealed, base, verdict.refusal, printable(said), fenced, purged, full)
 
 
 def cancel(session: Session, run: Run) -> None:

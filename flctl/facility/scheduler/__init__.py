@@ -74,6 +74,9 @@ class Scheduler(Protocol):
     def refusal(self, text: str) -> str | None:
         """The scheduler's words on stderr if it definitely did not take the job; None when in doubt."""
 
+    def full(self, text: str) -> bool:
+        """Whether it says on stderr that too many jobs are there just now: the same job may be taken later."""
+
     def queue(self, tokens: Sequence[str] = ()) -> str:
         """One query for all jobs of this user, ended ones included while the scheduler still lists them; where it can
         be asked for names, only for these: what other jobs are called cannot be taken for one of them then."""

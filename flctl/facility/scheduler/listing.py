@@ -11,13 +11,17 @@ RECORD = re.compile(r"(\d+(?:[._+][\w\[\],%.:+-]+)?)\|(.*)", re.ASCII)
 
 
 def jobs(stdout: str, activity: Callable[[str], Activity], *, clusters: bool = False) -> tuple[Seen, ...]:
-    """The jobs of a listing; the first line of an id and its cluster counts. `clusters`: whether that is told. Raises
-    QueryFailed on text that is no listing."""
-    found: dict[tuple[str, str], Seen] = {}
+    """The jobs of a listing; the first line of an id counts. `clusters`: whether these are told, as in accounting, which
+    shows several jobs of one id and name: the last one submitted counts. Raises QueryFailed on text that is no
+    listing."""
+    found: dict[tuple[str, ...], Seen] = {}
     for fields in _records(stdout, 9 if clusters else 8):
         *told, name = fields
         cluster = told.pop() if clusters else ""
-        found.setdefault((fields[0], cluster), _job(told, name, cluster, activity))
+        job = _job(told, name, cluster, activity)
+        first = found.setdefault((job.id, cluster, name) if clusters else (job.id,), job)
+        if clusters and (job.submitted_at or 0.0) > (first.submitted_at or 0.0):
+            found[job.id, cluster, name] = job
     return tuple(found.values())
 
 

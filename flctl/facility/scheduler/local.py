@@ -43,6 +43,9 @@ class Local:
         words = [line.strip() for line in text.splitlines() if re.search(definite, line)]
         return "; ".join(words)[:500] or None
 
+    def full(self, text: str) -> bool:
+        return False
+
     def queue(self, tokens: Sequence[str] = ()) -> str:
         """No runs folder, no jobs: so it is before the first delivery, when batch.py is not there either."""
         return f"test ! -e {shlex.quote(self._runs)} || {self._batch('list', self._runs)}"

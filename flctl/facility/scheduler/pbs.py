@@ -37,6 +37,10 @@ DEFINITE = re.compile(r"^(?:(?:\S*/)?qsub:\s+\S|usage: *qsub|.*\bqsub\b.*not fou
 """Everything else that qsub says is the server's own answer, or a hook's, in words that only the facility knows
 and as many lines as it likes."""
 
+FULL = re.compile(r"would exceed .*limit|maximum number of jobs already in queue", re.IGNORECASE)
+"""Limits on what is queued at a time, of a user, a project or all (svr_chk_owner.c, PBSE_MAXQUED); what one job alone
+asks for too much of is told in other words (PBSE_EXCQRESC)."""
+
 NO_NEED = f"0|{15016 % 256}|{15139 % 256}|{15001 % 256}"
 """How qdel ends where no more is needed: done, or the job is ending (PBSE_BADSTATE), has ended (PBSE_HISTJOBID), is no
 longer known (PBSE_UNKJOBID). An exit status holds the lower eight bits of the error (pbs_error.h)."""
@@ -62,6 +66,9 @@ class Pbs:
             return None
         found = DEFINITE.search(text)
         return " ".join(text[found.start() :].partition("\nusage:")[0].split())[:500] if found else None
+
+    def full(self, text: str) -> bool:
+        return FULL.search(text) is not None
 
     def queue(self, tokens: Sequence[str] = ()) -> str:
         """The ids of this user's jobs, then these jobs: `qstat -u` shows no more than a table that cuts names off, and

@@ -65,6 +65,20 @@ DEFINITE = re.compile(
 )
 """The job was refused: an option, or the controller's words (slurm_errno.c)."""
 
+FULL = re.compile(
+    r"job submit limit|temporarily unable to accept job|job queue full|submission failed: resource temporarily",
+    re.IGNORECASE,
+)
+"""MaxJobCount jobs are in the controller (EAGAIN, after sbatch tried for two minutes: sbatch.c), or as many as an
+association or a QOS may submit, which has the same words as its limits on one job's size."""
+
+NO_MORE = "submission failed: Resource temporarily unavailable"
+"""The last answer, after those of the same kind. Should it ever be that of another call, the attempt is revoked before
+another is opened."""
+
+LIMIT = re.compile(r"\b(?:QOS|Assoc)[A-Z]\w+")
+"""Which limit it is, where sbatch tells: AssocMaxSubmitJobLimit, QOSMaxSubmitJobPerUserLimit, QOSGrpSubmitJobsLimit."""
+
 
 NEVER = re.compile(
     r"DependencyNeverSatisfied|BadConstraints|ReservationDeleted|MaxMemPerLimit"
@@ -96,10 +110,15 @@ class Slurm:
         return found[0] if len(found) == 1 else None
 
     def refusal(self, text: str) -> str | None:
-        if DOUBTFUL.search(text):
+        if DOUBTFUL.search(text) and NO_MORE not in text:
             return None
-        words = [line.strip() for line in text.splitlines() if DEFINITE.search(line)]
+        known = [line.strip() for line in text.splitlines() if DEFINITE.search(line) or LIMIT.search(line)]
+        words = known or [line.strip() for line in text.splitlines() if NO_MORE in line]
         return "; ".join(words)[:500] or None
+
+    def full(self, text: str) -> bool:
+        limits = LIMIT.findall(text)
+        return all("Submit" in limit for limit in limits) if limits else FULL.search(text) is not None
 
     def queue(self, tokens: Sequence[str] = ()) -> str:
         """-a: hidden partitions too. Times as Unix seconds, since only the site knows the zone of its local time."""
@@ -119,15 +138,16 @@ class Slurm:
     def accounting(self, tokens: Sequence[str], ids: Sequence[str | None] = ()) -> str | None:
         """Without an id sacct shows no job that was never eligible (cancelled while held, or while it waited for
         another), without a start time today's only, without an end time none that is eligible later. An id alone names
-        nothing: they start again where a controller lost its state. -X: jobs, not their steps. Rows come a second or
-        more after the submission. The user's own only: root is shown everybody's."""
+        nothing: they start again where a controller lost its state. -X: jobs, not their steps. -D: also those whose
+        id another job has by now. Rows come a second or more after the submission. The user's own only: root is shown
+        everybody's."""
         if not self.accounted_for:
             return None
         known = [job_id for job_id in ids if job_id and ID.fullmatch(job_id)]
         which = f"-j {','.join(known)}" if known and len(known) == len(tokens) else "-S now-30days -E now+365days"
         names = shlex.quote(",".join(tokens))
         fields = "JobID,State,Submit,Start,End,ElapsedRaw,ExitCode,Cluster,JobName"
-        return f"SLURM_TIME_FORMAT=%s sacct -n -P -X {which} {ME} --name={names} --format={fields}"
+        return f"SLURM_TIME_FORMAT=%s sacct -n -P -X -D {which} {ME} --name={names} --format={fields}"
 
     def accounted(self, status: int, stdout: str, stderr: str) -> tuple[Seen, ...] | None:
         if re.search(r"accounting storage is disabled|sacct[^\n]*not found", stderr, re.IGNORECASE):
