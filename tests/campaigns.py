@@ -121,7 +121,7 @@ class Campaign:
         path = self.place / "runs" / site / f"{number:04d}" / "run.json"
         return json.loads(path.read_text()) if path.exists() else {}
 
-    def wait(self, condition: Callable[[], Any], limit: float = 60, what: str = "") -> None:
+    def wait(self, condition: Callable[[], Any], limit: float = 240, what: str = "") -> None:
         deadline = time.monotonic() + limit
         while not condition():
             assert time.monotonic() < deadline, f"waited {limit} s for {what or condition}"

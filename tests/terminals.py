@@ -45,7 +45,7 @@ class Terminal:
             self.child.wait()
         os.close(self._master)
 
-    def expect(self, pattern: str, *, timeout: float = 30.0) -> str:
+    def expect(self, pattern: str, *, timeout: float = 120.0) -> str:
         """Wait for words that match, after those that were waited for before."""
         deadline = time.monotonic() + timeout
         while not (match := re.search(pattern, self.screen[self._seen :])):
@@ -58,7 +58,7 @@ class Terminal:
     def type(self, line: str) -> None:
         os.write(self._master, line.encode() + b"\n")
 
-    def end(self, *, timeout: float = 60.0) -> int:
+    def end(self, *, timeout: float = 240.0) -> int:
         """Its exit code."""
         deadline = time.monotonic() + timeout
         while self.child.poll() is None:

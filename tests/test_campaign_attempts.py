@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from flctl.campaign.attempts import may_follow, pause, tries
-from flctl.facility.profile import Site
+from flctl.facility.profile import Scheduler, Shape, Site
 from flctl.records import Attempt, Cause, Failure, Job, Order, Run, Stage, Work
 from tests.campaigns import Campaign
 
@@ -286,7 +286,9 @@ def test_a_full_queue_is_waited_for_as_long_as_it_takes_and_costs_no_try() -> No
     assert may_follow(a_run(Cause.FULL, *[full] * 50), 1)
     assert (tries(a_run(Cause.LOST, *[full] * 50)), may_follow(a_run(Cause.LOST, *[full] * 50), 3)) == (1, True)
     assert not may_follow(a_run(Cause.LOST, full, *[an_attempt()] * 2), 3)
-    site = Site(schema=1, name="brno", connection="ssh")
+    site = Site(
+        schema=1, name="brno", connection="ssh", scheduler=Scheduler(kind="slurm"), shapes={"x": Shape(walltime=60)}
+    )
     waits = [pause(a_run(Cause.FULL, *[full] * times), site, stays=True) for times in (0, 1, 2, 6, 200)]
     assert waits == [60, 120, 240, 3600, 3600]
     assert pause(a_run(Cause.FULL, full, an_attempt()), site, stays=True) == 60, "anew after another end"

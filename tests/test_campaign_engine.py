@@ -175,13 +175,13 @@ def test_a_tick_that_finds_nothing_due_contacts_nobody(campaign: Campaign) -> No
     campaign.flctl("cancel")
 
 
-def test_a_tick_without_a_plan_or_with_everything_locked_is_no_error(campaign: Campaign) -> None:
+def test_a_tick_without_a_plan_is_no_error_and_one_that_finds_all_locked_says_busy(campaign: Campaign) -> None:
     from flctl.campaign.workspace import lock
 
     assert campaign.json("campaign", "tick")["status"] == "ok"
     campaign.flctl("campaign", "start", "--rounds", "1")
     with lock(campaign.place / "lock", "test", 1), lock(campaign.place / "runs" / "brno" / "lock", "test", 1):
-        assert campaign.json("campaign", "tick")["status"] == "ok"
+        assert campaign.json("campaign", "tick", code=10)["errors"][0]["code"] == "locked"
     assert campaign.json("round")["data"]["done"]
 
 

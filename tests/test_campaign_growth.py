@@ -290,9 +290,7 @@ def test_what_a_purge_took_before_a_round_is_brought_again(campaign: Campaign) -
     assert all(campaign.run(site, ROUNDS + 1)["attempt"] == 1 for site in campaign.sites)
 
 
-@pytest.mark.parametrize(
-    ("point", "gone"), [("attempt-placed", "job.sh"), ("submit", "order.json"), ("submit", "*"), ("submit", "")]
-)
+@pytest.mark.parametrize(("point", "gone"), [("attempt-placed", "job.sh"), ("submit", "*"), ("submit", "")])
 def test_an_order_that_was_purged_before_it_was_submitted_is_restored(tmp_path: Path, gone: str, point: str) -> None:
     """`gone`: the files; nothing: their folder as well."""
     campaign = Campaign(tmp_path, ("brno",))

@@ -107,7 +107,7 @@ class Certified:
             self.camp.json("campaign", "tick", code=None)
             return bool(self.camp.run(self.name)["stage"] == what)
 
-        self.camp.wait(there, limit=60, what=what)
+        self.camp.wait(there, limit=300, what=what)
 
     def hurry(self) -> None:
         """The next tick finds the site due; its record is one that no checksum vouches for."""
@@ -237,7 +237,7 @@ def test_a_round_whose_connection_is_lost_after_the_certificate_ended_is_held(ma
     assert child.poll() is None, "what is connected stays so"
     since = one.server.mark()
     one.server.restart()
-    output, _ = child.communicate(timeout=60)
+    output, _ = child.communicate(timeout=240)
     assert child.returncode == 4, output
     assert "HELD: the certificate ended at " in output
     assert one.server.attempts(since).connections == 0
@@ -371,7 +371,7 @@ def test_a_round_that_outlives_its_certificate_says_so_once(made: Any) -> None:
     warning = one.camp.json("status")["data"]["logins"][one.name]["warning"]
     assert warning.startswith(words)
     assert warning.endswith(f": flctl login {one.name} then")
-    assert warning in one.camp.flctl("status").stdout
+    assert words in one.camp.flctl("status").stdout
     one.camp.profile(one.name, walltime="00:10:00")
     assert one.camp.json("status")["data"]["logins"][one.name]["warning"] == ""
     one.camp.flctl("cancel")
@@ -541,23 +541,35 @@ def test_this_machine_needs_no_login() -> None:
 # The interval
 
 
+def _log_in_now(root: Path) -> None:
+    """As if another flctl of this user had just logged in there."""
+    path = root / "state" / "flctl" / "logins.json"
+    hosts = json.loads(path.read_text())
+    for host in hosts.values():
+        host["tries"].append(time.time())
+    path.write_text(json.dumps(hosts))
+
+
 def test_a_tick_that_comes_too_soon_after_the_last_login_comes_back(keyed: Sshd, tmp_path: Path) -> None:
-    camp = SshCampaign(tmp_path, keyed, interval=10, train={"seconds": 0})
+    camp = SshCampaign(tmp_path, keyed, interval=15, train={"seconds": 0})
     since = keyed.mark()
     try:
         camp.flctl("campaign", "start", "--rounds", "1")
         camp.json("campaign", "tick", code=None)
-        began = time.monotonic()
         time.sleep(1.2)  # its poll.every
+        began = time.monotonic()
+        _log_in_now(tmp_path)
         answer = camp.json("campaign", "tick", code=0)
         assert answer["errors"] == []
         assert keyed.attempts(since).connections == 1
-        camp.wait(lambda: camp.json("campaign", "tick", code=None)["data"]["done"], limit=60)
-        assert time.monotonic() - began > 6
+        camp.wait(lambda: camp.json("campaign", "tick", code=None)["data"]["done"], limit=180)
+        assert time.monotonic() - began > 14
+        camp.profile(keyed.name, interval=30)
+        _log_in_now(tmp_path)
         ran = camp.flctl("site", "test")
         assert ran.returncode == 0, ran.stdout + ran.stderr
-        assert "10 s must lie between two; waiting" in ran.stderr
+        assert "30 s must lie between two; waiting" in ran.stderr
         times = [entry["at"] for entry in camp.logins(keyed.name)]
-        assert min(after - before for before, after in itertools.pairwise(times)) > 9.5
+        assert min(after - before for before, after in itertools.pairwise(times)) > 14.5
     finally:
         camp.clear()

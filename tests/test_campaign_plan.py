@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from flctl.campaign.config import Configuration, load_configuration, load_profile
+from flctl.campaign.foresight import exposed, outdated
 from flctl.campaign.outlook import (
     ROOM,
     Matter,
@@ -24,7 +25,8 @@ from flctl.campaign.planning import drafted
 from flctl.campaign.rehearsal import considered, scripts_of, write_scripts
 from flctl.campaign.workspace import Workspace
 from flctl.errors import UsageError
-from flctl.records import Job, Order, Plan, Run, Stage, Work
+from flctl.facility import rsync
+from flctl.records import Contribution, Job, Order, Plan, Run, Stage, Work
 from tests.campaigns import Campaign
 from tests.ssh_sites import keygen
 
@@ -302,3 +304,58 @@ def test_the_scripts_are_written_as_they_are_rendered(workspace: Workspace, tmp_
     paths = write_scripts(tmp_path / "new", scripts)
     assert [path.name for path in paths] == ["brno.sh", "pisa.sh"]
     assert paths[0].read_text() == scripts["brno"]
+
+
+def exposed_lines(workspace: Workspace, steps: int) -> list[str]:
+    plan = replace(drafted(workspace, SITES, 1, None), steps=steps)
+    return exposed(workspace, load_configuration(workspace), plan)
+
+
+def test_so_few_steps_or_samples_that_an_update_tells_of_its_data_are_warned_of(
+    campaign: Campaign, workspace: Workspace
+) -> None:
+    assert "9 local steps, fewer than 10" in exposed_lines(workspace, 9)[0]
+    assert exposed_lines(workspace, 10) == []
+    assert "4 local steps" in campaign.flctl("plan", "--offline").stdout
+    for samples, warned in ((79, True), (80, False)):
+        contribution = Contribution(steps=10, samples=samples, tokens=1, sha256="", files=(), metrics={})
+        workspace.save_run(replace(run_at("brno", Stage.FETCHED), contribution=contribution))
+        try:
+            lines = exposed_lines(workspace, 10)
+        finally:
+            (workspace.run_folder("brno", 1) / "run.json").unlink()
+        assert ("brno: 79 samples in its last run, fewer than 10 batches of 8" in " ".join(lines)) == warned
+        assert bool(lines) == warned
+
+
+@pytest.mark.parametrize(
+    ("here", "there", "warned"),
+    [
+        ("3.1.0", "3.1 to 3.3 (protocol 31)", ["here", "at brno"]),
+        ("3.4.2", "3.4 or newer (protocol 32)", ["here"]),
+        ("3.4.3", "3.0 (protocol 30)", ["at brno"]),
+        ("3.5.0", "of an unknown release (protocol 33)", []),
+    ],
+)
+def test_an_rsync_with_known_holes_is_warned_of_here_and_there(
+    campaign: Campaign,
+    workspace: Workspace,
+    here: str,
+    there: str,
+    warned: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    assert outdated(workspace, SITES) == [], "local sites: no rsync of another machine is met"
+    with_login(campaign)
+    monkeypatch.setattr(rsync, "rsync_program", lambda: ("rsync", tuple(map(int, here.split(".")))))
+    workspace.save_contact("brno", replace(workspace.contact("brno"), rsync=there))
+    found = outdated(workspace, SITES)
+    assert [line.partition(": older")[0].removeprefix("rsync ") for line in found] == [
+        f"{here if where == 'here' else there} {where}" for where in warned
+    ]
+    assert all("older than 3.4.3" in line for line in found)
+
+
+def with_login(campaign: Campaign) -> None:
+    login = '\n[login]\nhost = "brno.example.org"\nuser = "me"\nkey = "agent"\n'
+    change(campaign, "brno", 'connection = "local"\n', login)

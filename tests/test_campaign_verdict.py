@@ -343,7 +343,8 @@ TABLE = {
     ("FAILED", "1:0"): (PROGRAM, OTHER),
     ("FAILED", "0:53"): (CONFIGURATION, OTHER),
     ("FAILED", "RaisedSignal:53(Real-time_signal_19)"): (CONFIGURATION, OTHER),
-    ("FAILED", "JobLaunchFailure"): (INFRASTRUCTURE, INFRASTRUCTURE),
+    ("FAILED", "JobLaunchFailure; 0:9"): (PROGRAM, OTHER),
+    ("FAILED", "NodeDown"): (INFRASTRUCTURE, INFRASTRUCTURE),
     ("FAILED", "0:125"): (MEMORY, MEMORY),
     ("TIMEOUT", "TimeLimit"): (TIME, TIME),
     ("DEADLINE", ""): (TIME, TIME),
@@ -573,3 +574,10 @@ def test_a_queue_without_room_is_no_refusal() -> None:
     taken = replace(told.job, id="17")
     assert after_revoking(run, taken, OURS, None, "base", said=words, full=True).failure.cause == LOST
     assert after_revoking(run, taken, OWNER, done(), "base", said=words, full=True).stage == Stage.ENDED
+
+
+def test_a_launch_that_failed_is_one_only_of_a_job_that_never_began() -> None:
+    """Slurm 22.05 says the same of every script that a signal killed."""
+    listed = seen("FAILED", Activity.ENDED, reason="JobLaunchFailure")
+    assert concluded(listed, None, owner=None).cause == INFRASTRUCTURE
+    assert concluded(listed, None).cause == PROGRAM

@@ -1,6 +1,7 @@
 """The checker of the chaos harness: a campaign that went well passes; each planted bug is found by what it leaves."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -116,6 +117,8 @@ def test_lost_acknowledgements_leaks_and_strangers_are_found(campaign: Planted, 
     assert checker.strangers(before, checker.tree(tmp_path), [place]) == [
         f"{tmp_path}/elsewhere is outside of the campaign"
     ]
+    os.chown(tmp_path / "elsewhere", 4321, -1)
+    assert checker.owned(tmp_path, [4321]) == {tmp_path / "elsewhere"}
 
 
 def test_every_bug_is_planted_here() -> None:

@@ -5,5 +5,5 @@ from tests.testbed import Testbed
 
 
 def test_controller_down(testbed: Testbed) -> None:
-    result = controller_down.run(seed=1, trials=2, bed=testbed)
+    result = controller_down.run(seed=1, trials=1, bed=testbed)
     assert (result.failures, result.notes) == (0, []), result

@@ -4,7 +4,6 @@ import math
 
 from tests.chaos import hostile_files
 
-
 TELLING = ("checkpoint: another shape of the same size", "checkpoint: a NaN", "file: a pickle under a further name")
 
 

@@ -1,9 +1,12 @@
 """A small sample of the row "power cuts", and that it would see a folder that is not flushed."""
 
+import pytest
+
 from tests.chaos import power_cuts
 
 
-def test_nothing_acknowledged_is_lost_in_a_power_cut() -> None:
+def test_nothing_acknowledged_is_lost_in_a_power_cut(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(power_cuts, "ROUNDS", 2)
     result = power_cuts.run(seed=5, trials=4)
     assert (result.trials, result.failures) == (4, 0), result.notes
     assert result.figures["acknowledged"] > 40

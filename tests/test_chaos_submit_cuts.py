@@ -11,8 +11,8 @@ from tests.chaos import submit_cuts
 
 
 def test_a_submission_that_is_cut_is_found_again_and_never_repeated() -> None:
-    result = submit_cuts.run(seed=1, trials=20)
-    assert (result.trials, result.failures) == (20, 0), result.notes
+    result = submit_cuts.run(seed=1, trials=10)
+    assert (result.trials, result.failures) == (10, 0), result.notes
 
 
 def test_without_the_claim_the_same_cuts_submit_twice(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -27,5 +27,5 @@ def test_without_the_claim_the_same_cuts_submit_twice(monkeypatch: pytest.Monkey
     monkeypatch.setattr(Session, "ask", unclaimed)
     monkeypatch.setattr(submit_cuts, "KINDS", ("slow-after",))
     monkeypatch.setattr(submit_cuts, "RECOVERY", 10.0)
-    result = submit_cuts.run(seed=1, trials=12)
+    result = submit_cuts.run(seed=1, trials=8)
     assert any(note.startswith("2 jobs") for note in result.notes), result.notes

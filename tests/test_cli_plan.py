@@ -209,7 +209,8 @@ def test_round_and_start_say_a_line_per_site_before_they_begin(campaign: Campaig
     assert "  brno: 1 node for 0:10:00; 0.1667 node-hours a round at most, 0 used; " in started
     lines = campaign.flctl("round").stdout.splitlines()
     first = next(index for index, line in enumerate(lines) if "delivered" in line)
-    assert ["brno: 1 node" in lines[0], "pisa: 1 node" in lines[1], first] == [True, True, 2]
+    assert ["brno: 1 node" in lines[0], "pisa: 1 node" in lines[1], first] == [True, True, 3]
+    assert "4 local steps, fewer than 10" in lines[2]
     again = campaign.json("plan", "--offline")["data"]["sites"]
     assert all(view["used"] > 0 for view in again)
     assert json.loads(campaign.flctl("round", "--json").stdout)["data"]["model"]["version"] == 2

@@ -82,9 +82,9 @@ def attended(server: Sshd, *, hold: int = 600, **fields: Any) -> Site:
     return site_of(server, totp={"automation": "forbidden", "permission": "", "secret": ""}, hold=hold, **fields)
 
 
-def code_of(server: Sshd) -> str:
-    """The code of the moment of a secret that is new: none of its codes is used."""
-    early_in_a_step(room=5.0)
+def code_of(server: Sshd, *, room: float = 5.0) -> str:
+    """The code of the moment of a secret that is new: none of its codes is used. To be typed within `room` seconds."""
+    early_in_a_step(room=room)
     return parse_secret(server.reset_codes(period=30), Totp()).code(time.time())
 
 
@@ -96,10 +96,9 @@ def login(folder: Path, site: Site, road: Road, seconds: float, number: int = 0)
 
 def keep(folder: Path, server: Sshd, site: Site, road: Road, seconds: float = 300) -> Kept:
     """A person logs in with the code of the moment."""
-    code = code_of(server)
     with login(folder, site, road, seconds) as terminal:
         terminal.expect("One-time password")
-        terminal.type(code)
+        terminal.type(code_of(server))
         assert terminal.end() == 0, terminal.screen
     kept = holding.find(site, holding.places(site)[0], road.known_hosts)
     assert kept is not None
@@ -176,10 +175,9 @@ def test_the_person_sees_what_the_server_says_before_it_asks(tmp_path: Path) -> 
         options=(f"Banner {banner}",),
     ) as server:
         with login(tmp_path, attended(server), road_to(tmp_path, server), 60) as terminal:
-            code = code_of(server)
             terminal.expect("Only for permitted use")
             terminal.expect("One-time password")
-            terminal.type(code)
+            terminal.type(code_of(server))
             assert terminal.end() == 0, terminal.screen
         close_all()
 
@@ -187,7 +185,7 @@ def test_the_person_sees_what_the_server_says_before_it_asks(tmp_path: Path) -> 
 def test_a_password_and_a_code_are_two_questions_of_one_login(tmp_path: Path) -> None:
     with Sshd(name="hold-two", address=ADDRESS, port=2802, user="flctl-hold2", kind="password+totp") as server:
         site, road = attended(server, kind="attended", key="agent"), road_to(tmp_path, server)
-        code = code_of(server)
+        code = code_of(server, room=20.0)
         with Watch(server.password, code) as watch, login(tmp_path, site, road, 60) as terminal:
             terminal.expect("[Pp]assword:")
             terminal.type(server.password)
@@ -244,17 +242,16 @@ def test_a_server_that_allows_no_session_is_found_out_at_the_login(tmp_path: Pat
     with Sshd(
         name="hold-none", address=ADDRESS, port=2807, user="flctl-hold", kind="key+totp", options=("MaxSessions 0",)
     ) as server:
-        code = code_of(server)
         with login(tmp_path, attended(server), road_to(tmp_path, server), 60) as terminal:
             terminal.expect("One-time password")
-            terminal.type(code)
+            terminal.type(code_of(server))
             assert terminal.end() == ConfigurationError.exit_code, terminal.screen
         assert "allows no session" in terminal.screen
         assert holding.everything() == []
 
 
 def test_a_code_that_a_person_typed_is_not_made_again_by_flctl(server: Sshd, tmp_path: Path) -> None:
-    code = code_of(server)
+    code = code_of(server, room=20.0)
     site, road = site_of(server, secret=secret_file(tmp_path, server.totp_secret), hold=60), road_to(tmp_path, server)
     with login(tmp_path, site, road, 60) as terminal:
         terminal.expect("One-time password")
@@ -274,10 +271,9 @@ def test_a_transfer_host_has_a_connection_of_its_own(server: Sshd, tmp_path: Pat
         keep(tmp_path, server, site, road)
         with pytest.raises(LoginNeeded, match="person must log in"):
             connect(site, road)
-        code = code_of(files)
         with login(tmp_path, site, road, 60, number=1) as terminal:
             terminal.expect("One-time password")
-            terminal.type(code)
+            terminal.type(code_of(files))
             assert terminal.end() == 0, terminal.screen
         connection, since = connect(site, road), server.mark()
         (tmp_path / "f").write_text("x")
@@ -539,7 +535,7 @@ def test_who_leaves_at_the_question_leaves_nothing(server: Sshd, tmp_path: Path)
 
 
 def test_no_code_and_no_secret_is_seen_by_other_processes(server: Sshd, tmp_path: Path) -> None:
-    site, road, code = attended(server), road_to(tmp_path, server), code_of(server)
+    site, road, code = attended(server), road_to(tmp_path, server), code_of(server, room=20.0)
     with Watch(code, server.totp_secret) as watch, login(tmp_path, site, road, 60) as terminal:
         terminal.expect("One-time password")
         terminal.type(code)
@@ -551,13 +547,13 @@ def test_no_code_and_no_secret_is_seen_by_other_processes(server: Sshd, tmp_path
 
 
 def test_of_two_logins_at_once_one_is_refused_without_a_question(server: Sshd, tmp_path: Path) -> None:
-    site, road, since, code = attended(server), road_to(tmp_path, server), server.mark(), code_of(server)
+    site, road, since = attended(server), road_to(tmp_path, server), server.mark()
     with login(tmp_path, site, road, 60) as first:
         first.expect("One-time password")
         with login(tmp_path, site, road, 60) as second:
             assert second.end() == 10
         assert "Locked" in second.screen and "One-time" not in second.screen
-        first.type(code)
+        first.type(code_of(server))
         assert first.end() == 0, first.screen
     assert server.attempts(since).connections == 1
 

@@ -26,7 +26,7 @@ from flctl.errors import (
     SiteUnreachable,
 )
 from flctl.facility import allowance, ledger
-from flctl.facility.allowance import DAY, HOUR
+from flctl.facility.allowance import DAY, HOUR, WINDOW
 from flctl.facility.codes import Answers
 from flctl.facility.openssh import login_place
 from flctl.facility.profile import Login, Scheduler, Shape, Site, Totp
@@ -103,12 +103,12 @@ def test_no_more_logins_than_the_days_are_tried_within_24_hours() -> None:
         LoginPaused, match=r"the day's 3 logins as me@pisa\.example are used up \(login\.per_day\)"
     ) as no:
         take(site, NOW + 11 * HOUR)
-    assert no.value.until == NOW + DAY, "until the oldest is a day old"
+    assert no.value.until == NOW + WINDOW, "until the oldest is a day old"
     assert (no.value.attempted, no.value.exit_code, no.value.code) == (False, 4, "login_paused")
-    take(site, NOW + DAY + 1)
+    take(site, NOW + WINDOW + 1)
     with pytest.raises(LoginPaused) as no:
-        take(site, NOW + DAY + 2)
-    assert no.value.until == NOW + 5 * HOUR + DAY
+        take(site, NOW + WINDOW + 2)
+    assert no.value.until == NOW + 5 * HOUR + WINDOW
 
 
 def test_every_campaign_and_site_of_the_same_user_and_host_shares_them() -> None:
@@ -173,9 +173,9 @@ def test_a_login_that_met_nobody_costs_nothing(clock: Clock) -> None:
 def test_half_of_the_days_logins_come_as_they_are_needed_and_the_rest_is_spread() -> None:
     assert allowance.spread([], 12, NOW) == NOW
     assert allowance.spread([NOW] * 5, 12, NOW) == NOW
-    assert allowance.spread([NOW] * 6, 12, NOW) == pytest.approx(NOW + DAY / 7)
-    assert allowance.spread([NOW] * 12, 12, NOW) == NOW + DAY
-    assert allowance.spread([NOW - DAY - 1] * 12, 12, NOW) == NOW
+    assert allowance.spread([NOW] * 6, 12, NOW) == pytest.approx(NOW + WINDOW / 7)
+    assert allowance.spread([NOW] * 12, 12, NOW) == NOW + WINDOW
+    assert allowance.spread([NOW - WINDOW - 1] * 12, 12, NOW) == NOW
     assert allowance.spread([NOW] * 99, 0, NOW) == NOW, "0: a person's"
 
 
@@ -186,7 +186,7 @@ def test_whoever_always_wants_in_never_waits_long_nor_gets_more_than_the_days(pe
     tries: list[float] = []
     now = NOW
     while now < NOW + 21 * DAY:
-        if allowance.spread(tries, per_day, now) <= now and sum(now - DAY < at for at in tries) < per_day:
+        if allowance.spread(tries, per_day, now) <= now and sum(now - WINDOW < at for at in tries) < per_day:
             tries.append(now)
         now += wish
     for index, at in enumerate(tries):
@@ -308,7 +308,7 @@ def test_a_clock_that_jumps_by_a_day_and_back_forgets_no_login() -> None:
     site = a_site(per_day=3)
     for second in range(3):
         take(site, NOW + second)
-    take(site, NOW + DAY + 10)
+    take(site, NOW + WINDOW + 10)
     with pytest.raises(LoginPaused):
         take(site, NOW + 20)
 

@@ -159,9 +159,11 @@ def test_a_job_of_the_same_id_before_the_controller_lost_its_state_is_not_ours(b
     cluster.stop()
     shutil.rmtree(cluster.folder / "state")
     cluster.start(fresh=False)
-    first = blocker(cluster, "true")
-    cluster.wait_state(first, "COMPLETED")
-    wait_until(lambda: cluster.command("sacct", "-n", "-X", "-j", first).strip(), "its row", every=0.5)
+    first = blocked(cluster, "fbefore")
+    row = ("sacct", "-n", "-P", "-X", "-j", first, "--name=fbefore", "--format=State")
+    wait_until(lambda: cluster.command(*row).strip(), "its row", every=0.5)  # a faster job's has no name
+    cluster.command("scontrol", "release", first)
+    wait_until(lambda: cluster.command(*row).strip() == "COMPLETED", "its end in the row", every=0.5)
     cluster.controller.stop()
     cluster.node.stop()
     shutil.rmtree(cluster.folder / "state")
@@ -172,6 +174,6 @@ def test_a_job_of_the_same_id_before_the_controller_lost_its_state_is_not_ours(b
     wait_until(lambda: slurm.accounted(*ask(cluster, command)), "the second one's row", every=0.5)
     (row,) = slurm.accounted(*ask(cluster, command)) or ()
     assert (row.id, row.name, row.state, row.cluster) == (second, "fagain", "PENDING", cluster.name)
-    older = slurm.accounting(["wrap"], [first]) or ""
+    older = slurm.accounting(["fbefore"], [first]) or ""
     (row,) = slurm.accounted(*ask(cluster, older)) or ()
-    assert (row.id, row.name, row.state) == (first, "wrap", "COMPLETED"), "the one of before is there still"
+    assert (row.id, row.name, row.state) == (first, "fbefore", "COMPLETED"), "the one of before is there still"

@@ -59,13 +59,15 @@ class Access:
     _renewals: dict[str, float] = field(default_factory=dict)
     _connections: dict[str, Connection] = field(default_factory=dict)
     _equipped: set[str] = field(default_factory=set)
+    _asked: set[str] = field(default_factory=set)
 
     def __post_init__(self) -> None:
         take_secrets(self.workspace)
 
     def session(self, profile: Site, lock: int, *, equip: bool = True, automatic: bool = False) -> Session:
         """The site's session, with this flctl's payload in place there (unless `equip` is false: nothing is sent then).
-        `automatic`: no person asked for it, so that a login is one of those that are spread over the day.
+        `automatic`: no person asked for it, so that a login is one of those that are spread over the day; the first one
+        of a command that somebody typed at a terminal is not.
         `lock`: the descriptor of the site's lock, which must be held: rsync and ssh children inherit it. LoginNeeded
         for a held site, without a login."""
         name = profile.name
@@ -73,7 +75,9 @@ class Access:
         self.note(name, "connecting")
         connection = self._connections.get(name)
         if connection is None:
-            connection = self._connect(self._allowed(profile, automatic=automatic), connect)
+            typed = self.terminal is not None and name not in self._asked
+            self._asked.add(name)
+            connection = self._connect(self._allowed(profile, automatic=automatic and not typed), connect)
             self._connections[name] = connection
             self._note_skew(profile, connection)
         self._note_until(profile, connection)
@@ -225,7 +229,7 @@ class Access:
             stop=self.stopped,
             on_login=lambda place, why: self._count_login(profile, place, why),
             on_rsync=lambda version: self._note_rsync(profile.name, version),
-            sparing=self.sparing,
+            sparing=self.sparing or not profile.login.per_day,
         )
 
     def _note_rsync(self, site: str, version: str) -> None:

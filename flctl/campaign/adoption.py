@@ -100,7 +100,10 @@ def whats_there(session: Session, attempts: dict[int, int]) -> Iterable[There]:
                     session.note_read(_folder(session, number, attempt) / file, text[name])
             order, token = table_of(text["order"]), token_of(workspace.id, site, number, attempt)
             if order is not None and (order.get("token"), order.get("campaign_id")) == (token, workspace.id):
-                claimed, done = answers[f"claim{number}"].status == 0, record_of(session.site, text["done"], text["sig"])
+                claimed, done = (
+                    answers[f"claim{number}"].status == 0,
+                    record_of(session.site, text["done"], text["sig"]),
+                )
                 yield There(number=number, attempt=attempt, order=order, claimed=claimed, done=done)
 
 

@@ -77,26 +77,27 @@ STUCK: tuple[tuple[str, str], ...] = (
 """Why a job waits that may wait for long (slurm.schedmd.com/job_reason_codes.html), and what to do about it."""
 
 
-def cause_of(state: str, reason: str, *, over: bool = False) -> Cause | None:
+def cause_of(state: str, reason: str, *, over: bool = False, started: bool = False) -> Cause | None:
     """What the scheduler's last word says; None if it is no end (or nothing that anybody knows). `over`: whether the
-    job had used its time."""
+    job had used its time; `started`: whether its first line was carried out."""
     if state in ("F", "X"):
         return _pbs(reason, over)
     if state == "FAILED":
-        return _failed(reason)
+        return _failed(reason, started)
     if state == "CANCELLED" and NOBODY in reason:
         return Cause.LOST
     return ENDS.get(state)
 
 
-def _failed(reason: str) -> Cause:
+def _failed(reason: str, started: bool) -> Cause:
     """Slurm tells the exit status (sacct: `0:53`) or the signal (squeue: `RaisedSignal:53(...)`). 53: slurmstepd could
-    not open the job's output or enter its folder; 0:125: out of memory in older versions."""
+    not open the job's output or enter its folder; 0:125: out of memory in older versions. JobLaunchFailure is what
+    22.05 says of every script that a signal killed, however long it ran."""
     if re.search(r"\b0:53\b|RaisedSignal:53\b", reason):
         return Cause.CONFIGURATION
     if re.search(r"\b0:125\b|OutOfMemory|RaisedSignal:125\b", reason):
         return Cause.MEMORY
-    if re.search(r"JobLaunchFailure|[Ll]aunch fail|NodeDown|node fail", reason):
+    if re.search(r"[Ll]aunch fail|NodeDown|node fail", reason) or ("JobLaunchFailure" in reason and not started):
         return Cause.INFRASTRUCTURE
     return Cause.PROGRAM
 

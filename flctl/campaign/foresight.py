@@ -16,7 +16,10 @@ from flctl.facility.profile import Site
 from flctl.facility.table import nearest
 from flctl.model.rules import find_rule, options_of
 from flctl.model.rules.averaging import convex, final
-from flctl.records import Failure, Stage
+from flctl.records import Failure, Plan, Stage, Work
+
+FEW = 10
+"""Local steps, and batches in a run."""
 
 
 def foresee(
@@ -117,6 +120,32 @@ def check_rule(workspace: Workspace, configuration: Configuration, sites: int, l
             if count == sites:
                 raise _wrong(file, "aggregation.rule", found)
             raise _wrong(file, "campaign.min_sites", f"{least} lets a model be made of so few: {found}")
+
+
+def exposed(workspace: Workspace, configuration: Configuration, plan: Plan) -> list[str]:
+    """A line for each thing that makes an update easy to work back from: few local steps, or few samples in a site's
+    last run. The fewer, the more an update is like one gradient, which can be inverted."""
+    why = "the data behind such an update is easier to work back from it (SECURITY.md)"
+    if plan.steps < FEW:
+        return [f"{plan.steps} local steps, fewer than {FEW}: {why}"]
+    found = []
+    for name in plan.sites:
+        batch = {**configuration.train, **load_profile(workspace, name).train}.get("batch")
+        trained = [run for run in workspace.runs(name) if run.contribution and run.order.work == Work.TRAIN]
+        samples = trained[-1].contribution.samples if trained and trained[-1].contribution else None
+        if samples is not None and isinstance(batch, int) and samples < FEW * batch:
+            found.append(f"{name}: {samples} samples in its last run, fewer than {FEW} batches of {batch}: {why}")
+    return found
+
+
+def outdated(workspace: Workspace, sites: Sequence[str]) -> list[str]:
+    """A line for each rsync that is known to have holes: ours, and the sites', as far as a transfer has told."""
+    from flctl.facility.rsync import holes, rsync_program
+
+    asked = [name for name in sites if load_profile(workspace, name).connection == "ssh"]
+    ours = [("here", ".".join(map(str, rsync_program()[1])))] if asked else []
+    found = [*ours, *((f"at {name}", workspace.contact(name).rsync or "") for name in asked)]
+    return [f"rsync {version} {where}: {holes(version)}" for where, version in found if version and holes(version)]
 
 
 def _wrong(file: Path, key: str, reason: str) -> ConfigurationError:

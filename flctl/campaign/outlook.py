@@ -10,7 +10,7 @@ from flctl.campaign import budget, contacts
 from flctl.campaign.access import expected_logins
 from flctl.campaign.config import BudgetTable, Configuration, load_profile
 from flctl.campaign.contacts import DAY, failure_of
-from flctl.campaign.foresight import limits_broken, way_barred
+from flctl.campaign.foresight import exposed, limits_broken, outdated, way_barred
 from flctl.campaign.workspace import Workspace
 from flctl.errors import BudgetRefused, FlctlError
 from flctl.facility import holding, limits
@@ -336,4 +336,5 @@ def brief(workspace: Workspace, configuration: Configuration, plan: Plan) -> lis
     from flctl.campaign.space import too_small
 
     matter = Matter(workspace=workspace, configuration=configuration, plan=plan, now=time.time())
-    return [line(view) for view in forecast(matter, {})] + too_small(workspace, plan)
+    warnings = [*too_small(workspace, plan), *exposed(workspace, configuration, plan), *outdated(workspace, plan.sites)]
+    return [line(view) for view in forecast(matter, {})] + warnings

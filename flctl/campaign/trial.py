@@ -13,6 +13,7 @@ from flctl.campaign.config import load_configuration, load_profile, whole_profil
 from flctl.campaign.contacts import failure_of, is_held
 from flctl.campaign.engine import Engine
 from flctl.campaign.etiquette import may_ask
+from flctl.campaign.foresight import outdated
 from flctl.campaign.outlook import want_of
 from flctl.campaign.rehearsal import script_of
 from flctl.campaign.session import Session
@@ -210,7 +211,8 @@ def _road(session: Session, version: Answer | None) -> str:
         return ""
     known = session.workspace.contact(session.site.name).rsync
     said = f"rsync {known}" if known else printable(version.stdout.split("protocol")[0], 60) if version else ""
-    return f" through {transfer_place(session.site)}{', ' + said if said else ''}"
+    warnings = "".join(f"; {warning}" for warning in outdated(session.workspace, [session.site.name]))
+    return f" through {transfer_place(session.site)}{', ' + said if said else ''}{warnings}"
 
 
 def outcome(reports: list[SiteReport]) -> tuple[str, int, list[tuple[str, Failure]]]:

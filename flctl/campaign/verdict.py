@@ -147,7 +147,7 @@ def after_revoking(
     if again:
         what = "waited again after it had started" if not _revoked(owner) else "could not be launched"
         return _failed(run, job, Cause.INFRASTRUCTURE, f"job {job.id} {what}{words}", hint=f"flctl retry {site}")
-    cause = cause_of(job.state, job.reason, over=is_over(job, None))
+    cause = cause_of(job.state, job.reason, over=is_over(job, None), started=job.started_at is not None)
     if not _revoked(owner):
         message = f"job {job.id} ended without a record (killed, time limit or node loss){words}"
         if (fenced or _launched_twice(job)) and cause == Cause.PROGRAM:
@@ -320,7 +320,7 @@ def _sealed(
         if done["outcome"] == "done":
             return Verdict(stage=Stage.ENDED, job=job, contribution=contribution_of(run, done, base_sha256))
         over = is_over(job, finished)
-        told = cause_of(job.state, job.reason, over=over) if last else None
+        told = cause_of(job.state, job.reason, over=over, started=True) if last else None
         cause = cause_with_record(done, told, over=over)
         words = f" (scheduler: {_words(job.state, job.reason)})" if told and job.state != "COMPLETED" else ""
         hint = f"see flctl log {run.site}, then flctl retry {run.site}"

@@ -95,6 +95,8 @@ def _print(
     scripts: list[Path],
 ) -> None:
     from flctl.campaign.budget import standing
+    from flctl.campaign.config import load_configuration
+    from flctl.campaign.foresight import exposed, outdated
     from flctl.campaign.privacy import line
     from flctl.campaign.space import too_small
     from flctl.facility.limits import size
@@ -110,6 +112,8 @@ def _print(
     print(f"\ntogether    {hours:.4g} node-hours at most, {used} used so far; {moved} a round")
     for warning in too_small(workspace, plan):
         print(f"space       {warning}")
+    for warning in (*exposed(workspace, load_configuration(workspace), plan), *outdated(workspace, plan.sites)):
+        print(f"security    {warning}")
     if private:
         print(f"privacy     after model {plan.target:04d}: {line(private)}")
     print(f"scripts     {', '.join(str(path) for path in scripts)}")

@@ -15,6 +15,9 @@ from flctl.facility.openssh import Place, jump_place, login_place, transfer_plac
 from flctl.facility.profile import Site
 
 DAY, HOUR = 86400.0, 3600.0
+WINDOW = DAY + 300.0
+"""Seconds for which a try is one of the day's: a facility counts it when it lets us in, which may be minutes later for
+one login than for another."""
 KEPT = 3 * DAY
 """Seconds for which a login is remembered: a clock that jumps by a day and back must not make us forget a day."""
 COOLDOWN_MOST = 4 * HOUR
@@ -175,7 +178,7 @@ def spread(tries: Sequence[float], per_day: int, now: float) -> float:
     if not per_day or not of_day or 2 * left > per_day:
         return now
     first, last = min(of_day), max(of_day)
-    return last + (first + DAY - last) / (max(0, left) + 1)
+    return last + (first + WINDOW - last) / (max(0, left) + 1)
 
 
 def note_skew(site: Site, seconds: float) -> None:
@@ -218,7 +221,7 @@ def _refuse_if_failed(site: Site, name: str, host: Host, now: float) -> None:
 def _refuse_if_many(site: Site, name: str, host: Host, now: float) -> None:
     of_day, most = _of_day(host.tries, now), site.login.per_day
     if most and len(of_day) >= most:
-        until = of_day[len(of_day) - most] + DAY
+        until = of_day[len(of_day) - most] + WINDOW
         raise _paused(site, f"the day's {most} logins as {name} are used up (login.per_day)", until)
 
 
@@ -272,7 +275,7 @@ def _give_back(site: Site, place: Place) -> bool:
 
 
 def _of_day(tries: Sequence[float], now: float) -> list[float]:
-    return sorted(at for at in tries if now - DAY < at)
+    return sorted(at for at in tries if now - WINDOW < at)
 
 
 def _names(site: Site, place: Place) -> list[str]:

@@ -51,6 +51,9 @@ KEEPS_DEBUG = (3, 5)
 """The rsync that began to keep --debug=proto, which tells the other side's protocol, to itself. Before, it was sent
 there, and neither rsync 3.0 nor rrsync takes it."""
 
+SOUND = (3, 4, 3)
+"""The rsync that closed what a hostile sender could reach (CVE-2026-43618, CVE-2026-43620)."""
+
 GONE = r"(?:(?:mkdir|change_dir|push_dir)\S* .*failed:|rrsync error:.*) No such file or directory"
 """What rsync and rrsync say of a folder that is not there."""
 
@@ -293,6 +296,15 @@ def _open_ones(descriptors: Sequence[int]) -> tuple[int, ...]:
             os.fstat(descriptor)
             found.append(descriptor)
     return tuple(found)
+
+
+def holes(version: str) -> str:
+    """What is to be said of an rsync of this version, or of such releases (as in VERSIONS), if anything for certain.
+    Distributions close holes and leave the version as it was."""
+    found = re.match(r"(?:\d\.\d to )?(\d+)\.(\d+)(?:\.(\d+))?(?! or newer)(?![.\d])", version)
+    if found is None or tuple(int(part or 0) for part in found.groups()) >= SOUND:
+        return ""
+    return f"older than {'.'.join(map(str, SOUND))}, which closed holes (SECURITY.md), unless its distribution did"
 
 
 @functools.cache

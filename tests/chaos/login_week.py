@@ -23,6 +23,7 @@ from typing import Any
 from tests.chaos.results import Result
 from tests.ssh_campaigns import SshCampaign
 from tests.ssh_sites import secret_file
+from tests.testbed import NUMBER
 from tests.testbed.attempts import count
 from tests.testbed.procs import Daemon, descendants, end
 from tests.testbed.sshd import Sshd
@@ -33,7 +34,9 @@ GAP_MOST = 3
 """A site with work may be left alone for so many times the day's share of one login."""
 FAILED_MOST = 10
 """Jobs that may fail before the row is given up: something else is broken then."""
-CLOCK = Path("/var/lib/flctl-testbed/login-week.clock")
+BED = f"week{NUMBER or ''}"
+"""Its servers, accounts and clock are those of FLCTL_TESTBED, so that two weeks may be lived through at once."""
+CLOCK = Path(f"/var/lib/flctl-testbed/login-{BED}.clock")
 ROOT = Path(__file__).resolve().parents[2]
 
 TRAINER = """\
@@ -124,7 +127,7 @@ class Week:
     dice: random.Random
     logins: dict[str, list[float]] = field(default_factory=dict)
     cuts: int = 0
-    failed_jobs: int = 0
+    failed_jobs: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.began = time.time()
@@ -203,9 +206,9 @@ def live(week: Week, runtime: Path) -> None:
         plan = open_plan(workspace, [], 1000, None)
         while True:
             outcome = drive(week.engine, plan, wait=None, pause=week.pause)
-            failed = [failure for _, failure in outcome.errors if failure.code == "job_failed"]
-            week.failed_jobs += len(failed)
-            if not failed or week.failed_jobs > FAILED_MOST:
+            failed = [failure.message for _, failure in outcome.errors if failure.code == "job_failed"]
+            week.failed_jobs += failed
+            if not failed or len(week.failed_jobs) > FAILED_MOST:
                 raise RuntimeError(f"flctl round ended: {outcome.errors}")
             retry(week.engine, None)
     except Interrupted:
@@ -222,9 +225,9 @@ def main(hours: int, seed: int, per_day: int, folder: Path) -> None:
     os.environ.pop("SSH_AUTH_SOCK", None)
     os.umask(0o022)
     dice, clock = random.Random(seed), Clock()
-    fields = {"address": "127.0.94.3", "kind": "key+totp"}
-    google = Shifted(name="week-google", port=24410, user="flctl-week-g", rate_limit="3 30", **fields)
-    oath = Shifted(name="week-oath", port=24411, user="flctl-week-o", **fields)
+    fields = {"address": f"127.0.94.{10 + NUMBER}", "kind": "key+totp"}
+    google = Shifted(name=f"{BED}-google", port=24410, user=f"flctl-{BED}-g", rate_limit="3 30", **fields)
+    oath = Shifted(name=f"{BED}-oath", port=24411, user=f"flctl-{BED}-o", **fields)
     for server in (google, oath):
         server.stop()  # one that a run which was killed has left
     with google, oath:

@@ -7,19 +7,19 @@ lie elsewhere, so that home goes back a little in time and they do not.
 """
 
 import hashlib
-import json
 import os
 import random
-import re
 import shutil
 import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from flctl.campaign.workspace import Workspace
 from tests.campaigns import Campaign
@@ -85,14 +85,18 @@ class Cuts:
         """Cut, look, go on, until the models are made or there were so many cuts; then to the end without one."""
         through = False
         while self.trials < most and not self.failures and not through:
-            through = not self._cut()
-        if not self.failures and not through:
+            through = self._made() or not self._cut()
+        if not self.failures and not through and not self._made():
             answer = self.campaign.flctl("round", *self._plan(), timeout=300)
             if answer.returncode != 0:
                 self.failures.append(f"the last round ended with {answer.returncode}: {answer.stderr[-300:]}")
 
     def hashes(self) -> list[str]:
         return [model.sha256 for model in Workspace(self.campaign.place).models()]
+
+    def _made(self) -> bool:
+        """Whether the last model is there: one more `flctl round` would make another."""
+        return (self.campaign.place / "models" / f"{ROUNDS:04d}" / "flctl.json").exists()
 
     def _plan(self) -> list[str]:
         """--rounds only as long as no plan is known here: the cut may have come before it was."""
@@ -104,8 +108,10 @@ class Cuts:
     def _cut(self) -> bool:
         """Run for a random while, cut, look; False once the campaign was through before."""
         self.log.unlink(missing_ok=True)
-        after = self.dice.randint(1, 60) if self.dice.random() < 0.6 else 0
-        environment = {**os.environ, "CUT_LOG": str(self.log), "CUT_AFTER": str(after)}
+        # A journal line that is flushed makes the names before it durable, too: half of the cuts count names alone.
+        names, timed = self.dice.random() < 0.5, self.dice.random() < 0.3
+        after = 0 if timed else self.dice.randint(1, 30 if names else 60)
+        environment = {**os.environ, "CUT_LOG": str(self.log), "CUT_AFTER": str(after), "CUT_NAMES": str(int(names))}
         if self.planted:
             environment["CUT_PLANTED"] = "1"
         process = subprocess.Popen(
@@ -225,14 +231,14 @@ def run(*, seed: int, trials: int | None = None, planted: bool = False) -> Resul
     done = acknowledged = campaigns = 0
     failures: list[str] = []
     with tempfile.TemporaryDirectory(prefix="flctl-cuts-") as name:
-        expected = undisturbed(_made(Path(name) / "undisturbed"))
+        expected = [] if planted else undisturbed(_made(Path(name) / "undisturbed"))
         while done < wanted and not (planted and failures):
             campaigns += 1
             cuts = Cuts(_made(Path(name) / f"{campaigns}"), dice, planted=planted)
             try:
                 cuts.run(min(wanted - done, 30))
                 started = [cuts.campaign.submissions(site) for site in cuts.campaign.sites]
-                if not cuts.failures and cuts.hashes() != expected:
+                if not cuts.failures and not planted and cuts.hashes() != expected:
                     cuts.failures.append(f"campaign {campaigns}: other models than the undisturbed one's")
                 if not cuts.failures and started != [ROUNDS] * 2:
                     cuts.failures.append(f"campaign {campaigns}: {started} trainings began")
@@ -257,20 +263,27 @@ def _made(folder: Path) -> Path:
     return folder
 
 
+def _replace(old: Any, new: Any) -> None:
+    """Put a function in another's place in every module of flctl that has it by now."""
+    for module in [module for name, module in sys.modules.items() if name.partition(".")[0] == "flctl"]:
+        for name in [name for name, value in vars(module).items() if value is old]:
+            setattr(module, name, new)
+
+
 def _watched() -> None:
     """flctl with a log of what it makes durable; it stops itself after CUT_AFTER of those."""
     from flctl import durable
 
     log = os.open(os.environ["CUT_LOG"], os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
-    left = int(os.environ["CUT_AFTER"])
+    left, names = int(os.environ["CUT_AFTER"]), os.environ["CUT_NAMES"] == "1"
     if os.environ.get("CUT_PLANTED"):
-        durable.fsync_folder = lambda folder: None
+        _replace(durable.fsync_folder, lambda folder: None)
     write_whole, move = durable.write_whole, durable.move
 
     def say(line: str) -> None:
         nonlocal left
         os.write(log, (line + "\n").encode())
-        if not line.startswith("begun"):
+        if not line.startswith(("begun", "journaled") if names else "begun"):
             left -= 1
             if left == 0:
                 os.kill(os.getpid(), signal.SIGSTOP)
@@ -285,20 +298,22 @@ def _watched() -> None:
         move(draft, target)
         say(f"moved {target}")
 
-    durable.write_whole, durable.move = watched_write, watched_move
-    from flctl.campaign.journal import Journal
+    _replace(write_whole, watched_write)
+    _replace(move, watched_move)
+    from flctl.campaign import journal
 
-    append = Journal.append
+    append, made, own = journal.Journal.append, journal._line, threading.local()
 
-    def watched_append(self: Journal, event: str, **facts: object) -> None:
+    def watched_line(entry: dict[str, Any]) -> bytes:
+        own.sequence = entry["seq"]
+        return made(entry)
+
+    def watched_append(self: journal.Journal, event: str, **facts: object) -> None:
         append(self, event, **facts)
-        last = self.path.read_bytes().splitlines()[-1]
-        match = re.match(rb'\{"seq": (\d+)', last)
-        # Another thread may have added a line, which is not acknowledged yet.
-        if match and json.loads(last)["event"] == event:
-            say(f"journaled {int(match[1])}")
+        say(f"journaled {own.sequence}")
 
-    Journal.append = watched_append  # type: ignore[method-assign]
+    journal._line = watched_line
+    journal.Journal.append = watched_append  # type: ignore[method-assign]
     from flctl.cli.main import main
 
     main()

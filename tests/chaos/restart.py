@@ -29,7 +29,7 @@ def run(*, seed: int, trials: int | None = None, bed: Testbed | None = None) -> 
     notes: list[str] = []
     with made(bed) as testbed, keys_only(testbed):
         while len(times) < wanted:
-            driven = Driven(federation(testbed, f"restart-{len(times)}"), rounds=3)
+            driven = Driven(federation(testbed, f"restart-{len(times)}"), rounds=min(3, wanted))
             while not driven.done and len(times) < wanted:
                 after_a_kill = driven.processes > 0
                 seconds = measured(driven, fault=f"*:{dice.randint(40, 120)}")

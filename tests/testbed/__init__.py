@@ -16,6 +16,7 @@ own, for two test runs at the same time.
 
 import fcntl
 import os
+import shutil
 import subprocess
 from collections.abc import Mapping
 from pathlib import Path
@@ -128,8 +129,10 @@ class Testbed:
         return all(facility.running for facility in self.facilities.values()) and Munge.daemon.pid is not None
 
     def reset(self) -> None:
-        """Between tests: no process of flctl, no job, fresh codes, every daemon up, Slurm's usual memory."""
+        """Between tests: no process of flctl, no job, fresh codes, every daemon up, Slurm's usual memory; and flctl
+        remembers no login, so that one refused in a test closes no site in the next."""
         self.user.end_processes()
+        shutil.rmtree(self.user.home / ".local" / "state" / "flctl", ignore_errors=True)
         for facility in self.facilities.values():
             facility.slurm.start(fresh=False)
             facility.sshd.stop()

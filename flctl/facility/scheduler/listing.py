@@ -11,7 +11,7 @@ RECORD = re.compile(r"(\d+(?:[._+][\w\[\],%.:+-]+)?)\|(.*)", re.ASCII)
 
 
 def jobs(stdout: str, activity: Callable[[str], Activity], *, clusters: bool = False) -> tuple[Seen, ...]:
-    """The jobs of a listing; the first line of an id counts. `clusters`: whether these are told, as in accounting, which
+    """The jobs of a listing; the first line of an id counts. `clusters`: if they are told, as in accounting, which
     shows several jobs of one id and name: the last one submitted counts. Raises QueryFailed on text that is no
     listing."""
     found: dict[tuple[str, ...], Seen] = {}
