@@ -18,7 +18,6 @@ FlctlError                 1  internal: a defect of flctl
 `-- Interrupted          130  Ctrl-C, SIGTERM, SIGHUP
 """
 
-
 from flctl.words import plain, printable
 
 

@@ -2,7 +2,7 @@
 
     python -I bridge.py SOCKET HOST COMMAND...
 
-flctl carries the streams over the connection that it has already (see over_connection.py), so no second login is needed.
+flctl carries the streams over the connection that it has already (over_connection.py), so no second login is needed.
 """
 
 import array

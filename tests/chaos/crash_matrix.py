@@ -55,7 +55,8 @@ class Matrix:
             return  # what the others would be measured by is wrong
         for begin in range(0, len(self.targets), KILLS):
             batch = [*self.missed, *self.targets[begin : begin + KILLS]]
-            self.missed = self._take(f"matrix-points-{self.campaigns}", partial(self._killed_at_points, batch))["missed"]
+            came = self._take(f"matrix-points-{self.campaigns}", partial(self._killed_at_points, batch))
+            self.missed = came["missed"]
         while len(self.hit) < self.trials and self.campaigns < self.trials:
             kills = min(KILLS, self.trials - len(self.hit))
             self._take(f"matrix-calls-{self.campaigns}", partial(self._killed_at_calls, kills))
@@ -86,7 +87,7 @@ class Matrix:
     def _killed_at_points(self, batch: list[str], name: str, dice: Random) -> dict[str, Any]:
         """One campaign killed at each of these points; `missed`: those that it did not pass."""
         driven, hit, deep = self._campaign(name), list[str](), 0
-        ticks, name = dice.random() < 0.25, driven.place.name
+        ticks = dice.random() < 0.25
         wanted = {line.replace(UNDISTURBED, name) for line in batch}
         while not driven.done and wanted and driven.processes < PROCESSES and not driven.notes:
             step = driven.tick if ticks else driven.round

@@ -14,8 +14,8 @@ NOTHING = f"auth required pam_deny.so\n{_AFTERWARDS}"
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Conversation:
     """Everything is asked before anything is refused. `password`: the account's password is asked for before the code;
-    `combined`: with it, in one question; `plain`: the code is asked for as "Password: ". `rate_limit`: "3 30", at most 3 tries
-    within 30 s. `codes`: the modules' file."""
+    `combined`: with it, in one question; `plain`: the code is asked for as "Password: ". `rate_limit`: "3 30", at most
+    3 tries within 30 s. `codes`: the modules' file."""
 
     codes: Path
     user: str
@@ -28,7 +28,7 @@ class Conversation:
 
     @property
     def oath(self) -> bool:
-        """Whether pam_oath checks the codes; it knows two periods, no limit, and cannot ask for a password with the code."""
+        """Whether pam_oath checks the codes; it knows two periods, no limit, and asks for the code alone."""
         return self.period in (30, 60) and not self.combined and not self.rate_limit
 
     @property
