@@ -5,6 +5,7 @@ from collections.abc import Iterator
 
 import pytest
 
+from flctl.records import token_of
 from tests.federation import Federation
 from tests.test_cli_round_testbed import killed
 from tests.testbed import Testbed
@@ -56,8 +57,10 @@ def start(federation: Federation, cluster: Cluster, *, waits: bool) -> str:
     return job
 
 
-def rows(cluster: Cluster, job: str) -> str:
-    return cluster.command("sacct", "-X", "-n", "-P", "-j", job, "-o", "State").strip()
+def rows(cluster: Cluster, federation: Federation, job: str) -> str:
+    """The job's state in the database, where earlier jobs may have had its id."""
+    token = token_of(federation.journal()[0]["id"], "karolina", 1, 1)
+    return cluster.command("sacct", "-X", "-n", "-P", "-j", job, f"--name={token}", "-o", "State").strip()
 
 
 def settled(federation: Federation) -> dict[str, object]:
@@ -84,7 +87,7 @@ def test_who_cancelled_a_job_that_the_queue_has_forgotten_is_known(bed: Testbed,
         cluster.command("setpriv", f"--reuid={account.uid}", f"--regid={account.gid}", "--clear-groups", "scancel", job)
     cluster.wait_state(job, None, timeout=90)
     uid = 0 if who == "root" else account.uid
-    assert rows(cluster, job) == f"CANCELLED by {uid}"
+    assert rows(cluster, federation, job) == f"CANCELLED by {uid}"
     run = settled(federation)
     assert f"was cancelled at the site by uid {uid}, not by flctl" in str(run["held"])
     assert run["attempt"] == 1
@@ -108,7 +111,7 @@ def test_nothing_is_concluded_while_accounting_is_away(bed: Testbed, cluster: Cl
         assert "sacct ended with status 1" in failed[-1]["reason"]
     run = settled(federation)
     assert run["stage"] == "failed" or run["attempt"] == 2, "it is a lost job now"
-    assert "FAILED" in rows(cluster, job) or "CANCELLED" in rows(cluster, job)
+    assert "FAILED" in rows(cluster, federation, job) or "CANCELLED" in rows(cluster, federation, job)
 
 
 def test_no_job_is_lost_before_its_row_could_have_come(bed: Testbed, cluster: Cluster, accounting: Accounting) -> None:
@@ -119,13 +122,13 @@ def test_no_job_is_lost_before_its_row_could_have_come(bed: Testbed, cluster: Cl
         job = start(federation, cluster, waits=True)
         cluster.command("scancel", job)
         cluster.wait_state(job, None, timeout=90)
-        assert rows(cluster, job) == "", "no row, and no error"
+        assert rows(cluster, federation, job) == "", "no row, and no error"
         until = time.monotonic() + 12
         while time.monotonic() < until:
             run = tick(federation)
             assert (run["stage"], run["attempt"], run["held"]) == ("queued", 1, None)
-        assert rows(cluster, job) == ""
-    federation.wait(lambda: rows(cluster, job) or time.sleep(0.5), limit=90)
+        assert rows(cluster, federation, job) == ""
+    federation.wait(lambda: rows(cluster, federation, job) or time.sleep(0.5), limit=90)
     run = settled(federation)
     assert "was cancelled at the site" in str(run["held"])
     assert run["attempt"] == 1
