@@ -17,9 +17,10 @@ import pytest
 
 from flctl import durable
 from flctl.campaign.journal import Journal
+from flctl.campaign.steps import fetch
 from flctl.campaign.workspace import Workspace, read_record, write_json
 from flctl.errors import ConfigurationError
-from tests.campaigns import TRAINER, Campaign
+from tests.campaigns import TRAINER, Campaign, make_model
 
 GOLDEN = Path(__file__).parent / "data" / "golden"
 
@@ -369,3 +370,26 @@ def test_a_campaign_of_a_newer_flctl_is_refused_and_left_as_it_is(tmp_path: Path
         assert "pip install --upgrade flctl" in refused.stderr
     after = {name: text for name, text in records(campaign).items() if name != "driver.json"}
     assert (after, (campaign.place / "journal.jsonl").read_bytes()) == before
+
+
+def test_a_kill_while_config_files_are_copied_leaves_no_half_of_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is there is not copied again; found by the crash matrix."""
+    base, folder = tmp_path / "base", tmp_path / ".out.part"
+    make_model(base)
+    folder.mkdir()
+    (folder / "model.safetensors").write_bytes((base / "model.safetensors").read_bytes())
+
+    def torn(source: Path, target: Path) -> None:
+        target.write_bytes(source.read_bytes()[:10])
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(fetch.shutil, "copyfile", torn)
+        fetch.carry(base, folder)
+    fetch.carry(base, folder)
+    names = {path.name for path in base.iterdir()} - {"flctl.json"}
+    assert {path.name for path in folder.iterdir()} == names
+    assert all((folder / name).read_bytes() == (base / name).read_bytes() for name in names)
+    assert [path.name for path in tmp_path.iterdir() if path.name.endswith(".carried")] == []

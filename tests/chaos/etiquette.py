@@ -79,8 +79,13 @@ def trial(bed: Testbed, rng: random.Random, every: int) -> tuple[list[float], li
     federation.wait(lambda: federation.jobs_started("karolina") or process.poll() is not None)
     events = [lambda: cluster.controller.freeze(), lambda: cluster.controller.thaw(), lambda: lose(federation)]
     until, step = time.monotonic() + every * INTERVALS, 0
+    cap = until + every * INTERVALS
+
+    def asked() -> int:
+        return sum(moment >= since - 1 for moment in cluster.requests("REQUEST_JOB_USER_INFO", uid))
+
     try:
-        while time.monotonic() < until:
+        while time.monotonic() < until or (asked() < 2 and time.monotonic() < cap):
             step += 1
             federation.flctl("campaign", "tick")
             federation.flctl("status")

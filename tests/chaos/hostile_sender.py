@@ -33,7 +33,7 @@ WRONG = CONTENT[::-1]
 BOUND = 40.0
 """Seconds within which each attack must be over, with the patience for silence set to 5 and for slowness to 8."""
 
-FAKE = f"""#!{sys.executable}
+FAKE = """#!/usr/bin/python3
 # Speaks for a site's rsync. What it is told on its command line is not looked at.
 import os, sys, time
 out = os.fdopen(1, "wb", buffering=0)

@@ -49,7 +49,8 @@ class Munge:
             folder.mkdir(parents=True, exist_ok=True)
             folder.chmod(mode)
         shutil.rmtree(MUNGE)  # munged refuses to start beside the socket and the lock of one that crashed
-        MUNGE.mkdir(mode=0o755)
+        MUNGE.mkdir()
+        MUNGE.chmod(0o755)
         if not _MUNGE_KEY.exists():
             _MUNGE_KEY.write_bytes(secrets.token_bytes(128))
         _MUNGE_KEY.chmod(0o400)

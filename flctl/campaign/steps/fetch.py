@@ -135,9 +135,11 @@ def carry(base: Path, folder: Path, *, index: bool = False) -> None:
     from flctl.model.manifest import carried_files
     from flctl.model.shards import open_shards
 
+    draft = folder.parent / f"{folder.name}.carried"  # beside it: a kill must not leave half a file that looks whole
     for name in carried_files(open_shards(base)):
         if (index or not name.endswith(".index.json")) and not (folder / name).exists():
             (folder / name).parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-            shutil.copyfile(base / name, folder / name)
-            with (folder / name).open("rb") as file:
+            shutil.copyfile(base / name, draft)
+            with draft.open("rb") as file:
                 os.fsync(file.fileno())
+            draft.rename(folder / name)
