@@ -17,7 +17,7 @@ import pytest
 
 from flctl import durable
 from flctl.campaign.journal import Journal
-from flctl.campaign.steps import fetch
+from flctl.campaign.steps.fetch import carry
 from flctl.campaign.workspace import Workspace, read_record, write_json
 from flctl.errors import ConfigurationError
 from tests.campaigns import TRAINER, Campaign, make_model
@@ -386,9 +386,9 @@ def test_a_kill_while_config_files_are_copied_leaves_no_half_of_one(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
-        patched.setattr(fetch.shutil, "copyfile", torn)
-        fetch.carry(base, folder)
-    fetch.carry(base, folder)
+        patched.setattr(shutil, "copyfile", torn)
+        carry(base, folder)
+    carry(base, folder)
     names = {path.name for path in base.iterdir()} - {"flctl.json"}
     assert {path.name for path in folder.iterdir()} == names
     assert all((folder / name).read_bytes() == (base / name).read_bytes() for name in names)

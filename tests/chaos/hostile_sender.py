@@ -10,7 +10,6 @@ import hashlib
 import os
 import random
 import subprocess
-import sys
 import tempfile
 import threading
 import time
