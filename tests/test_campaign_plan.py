@@ -14,7 +14,6 @@ from flctl.campaign.outlook import (
     Matter,
     Outlook,
     Told,
-    bytes_of_round,
     forecast,
     is_resident,
     jobs_of_round,
@@ -23,6 +22,7 @@ from flctl.campaign.outlook import (
 )
 from flctl.campaign.planning import drafted
 from flctl.campaign.rehearsal import considered, scripts_of, write_scripts
+from flctl.campaign.space import Traffic, bytes_of_round
 from flctl.campaign.workspace import Workspace
 from flctl.errors import UsageError
 from flctl.facility import rsync
@@ -84,22 +84,23 @@ def test_the_base_goes_there_and_its_weights_come_back(workspace: Workspace) -> 
     whole, weights = sizes(workspace)
     assert whole > weights > 0
     configuration = load_configuration(workspace)
-    assert bytes_of_round(workspace, configuration, SITES, "brno") == (whole, weights)
+    assert bytes_of_round(workspace, Traffic.of(configuration), SITES, "brno") == (whole, weights)
     assert jobs_of_round(configuration, SITES, "brno") == 1
 
 
 def test_sites_that_evaluate_each_other_get_the_others_weights(workspace: Workspace) -> None:
     whole, weights = sizes(workspace)
     configuration = with_evaluation(workspace)
-    assert bytes_of_round(workspace, configuration, (*SITES, "more"), "brno") == (whole + 2 * weights, weights)
+    more = bytes_of_round(workspace, Traffic.of(configuration), (*SITES, "more"), "brno")
+    assert more == (whole + 2 * weights, weights)
     assert jobs_of_round(configuration, SITES, "brno") == 2
 
 
 def test_the_site_that_merges_gets_the_others_weights_and_gives_the_merged_ones(workspace: Workspace) -> None:
     whole, weights = sizes(workspace)
     configuration = with_merge_at(workspace, "brno")
-    assert bytes_of_round(workspace, configuration, SITES, "brno") == (whole + weights, 2 * weights)
-    assert bytes_of_round(workspace, configuration, ("pisa",), "brno") == (whole + weights, weights)
+    assert bytes_of_round(workspace, Traffic.of(configuration), SITES, "brno") == (whole + weights, 2 * weights)
+    assert bytes_of_round(workspace, Traffic.of(configuration), ("pisa",), "brno") == (whole + weights, weights)
     assert jobs_of_round(configuration, SITES, "brno") == 2
     assert jobs_of_round(configuration, ("pisa",), "brno") == 1
     site = load_profile(workspace, "brno")

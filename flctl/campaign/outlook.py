@@ -4,13 +4,13 @@ logins, space. What is on this machine alone is read; what a site itself said co
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from fnmatch import fnmatch
 
 from flctl.campaign import budget, contacts
 from flctl.campaign.access import expected_logins
 from flctl.campaign.config import BudgetTable, Configuration, load_profile
 from flctl.campaign.contacts import DAY, failure_of
 from flctl.campaign.foresight import exposed, limits_broken, outdated, way_barred
+from flctl.campaign.space import Traffic, bytes_of_round
 from flctl.campaign.workspace import Workspace
 from flctl.errors import BudgetRefused, FlctlError
 from flctl.facility import holding, limits
@@ -123,7 +123,7 @@ def _at(matter: Matter, site: Site, told: Told) -> Outlook:
     resident, contact = is_resident(workspace, name), workspace.contact(name)
     jobs = jobs_of_round(matter.configuration, matter.plan.sites, name)
     hours = jobs * budget.node_hours(site)
-    out, back = bytes_of_round(workspace, matter.configuration, matter.plan.sites, name)
+    out, back = bytes_of_round(workspace, Traffic.of(matter.configuration), matter.plan.sites, name)
     want = want_of(workspace, matter.configuration, site, matter.plan)
     kept = {} if site.connection == "local" else holding.found(site, workspace.root / "known_hosts")
     until, doubts = _login_until(site, kept)
@@ -247,25 +247,6 @@ def jobs_of_round(configuration: Configuration, sites: Sequence[str], name: str)
     trains = name in sites
     evaluates = trains and configuration.evaluation.cross
     return trains + evaluates + (configuration.aggregation.aggregate_at == name)
-
-
-def bytes_of_round(
-    workspace: Workspace, configuration: Configuration, sites: Sequence[str], name: str
-) -> tuple[int, int]:
-    """Bytes to the site and back for one model: the base there, weights like the base's back; where sites evaluate each
-    other or one of them merges, also the others' weights there. A rule's state, which only merges know, is left out."""
-    files = workspace.model_record(workspace.newest_model().version)["files"]
-    whole = sum(item["size"] for item in files)
-    weights = sum(
-        item["size"] for item in files if any(fnmatch(item["path"], kind) for kind in configuration.fetch.kinds)
-    )
-    others, trains = len([site for site in sites if site != name]), name in sites
-    out, back = whole, weights if trains else 0
-    if configuration.aggregation.aggregate_at == name:
-        out, back = out + others * weights, back + weights
-    elif trains and configuration.evaluation.cross:
-        out += others * weights
-    return out, back
 
 
 def is_resident(workspace: Workspace, name: str) -> bool:

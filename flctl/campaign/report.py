@@ -87,12 +87,14 @@ def _logins(workspace: Workspace, site: str, runs: tuple[Run, ...]) -> dict[str,
     logins of all campaigns `today` counts (24 hours) and `per_day` allows; the clocks' difference in seconds."""
     contact, warning = workspace.contact(site), ""
     today, per_day = 0, None
-    with suppress(ConfigurationError):
-        profile = load_site(workspace.profiles[site])
-        its = [run for run in runs if run.site == site]
-        warning = outlives(contact, profile, its, time.time())
-        if profile.connection == "ssh" and contact.logins:
-            today, per_day = used(profile), profile.login.per_day
+    # To check a profile takes long, so it is read only where it matters.
+    if contact.logins or contact.login_until:
+        with suppress(ConfigurationError):
+            profile = load_site(workspace.profiles[site])
+            its = [run for run in runs if run.site == site]
+            warning = outlives(contact, profile, its, time.time())
+            if profile.connection == "ssh" and contact.logins:
+                today, per_day = used(profile), profile.login.per_day
     return {
         "count": contact.logins,
         "today": today,
