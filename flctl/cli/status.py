@@ -50,12 +50,7 @@ def _space(workspace: Workspace, runs: tuple[Run, ...]) -> dict[str, Any]:
 
 
 def _print(workspace: Workspace, runs: tuple[Run, ...], data: dict[str, Any], everything: bool) -> None:
-    from flctl.campaign.contacts import hold_of, remedy_of
     from flctl.campaign.privacy import line
-    from flctl.campaign.report import ago, failed_runs, notices, state_of
-    from flctl.campaign.space import Room
-    from flctl.campaign.space import line as line_of
-    from flctl.facility.certificates import clock
 
     model, plan = data["model"], workspace.plan()
     print(f"campaign {workspace.label} in {workspace.root}")
@@ -66,6 +61,16 @@ def _print(workspace: Workspace, runs: tuple[Run, ...], data: dict[str, Any], ev
         print(f"privacy: {line(model['privacy'])}")
     if plan is not None and plan.target > model["version"]:
         print(f"plan: models {plan.first:04d} to {plan.target:04d} by {', '.join(plan.sites)}")
+    _print_runs(workspace, runs, data, everything)
+    _print_sites(workspace, runs, data)
+    _print_means(data)
+    print("logins so far: " + ", ".join(_logins(site, row) for site, row in data["logins"].items()))
+
+
+def _print_runs(workspace: Workspace, runs: tuple[Run, ...], data: dict[str, Any], everything: bool) -> None:
+    from flctl.campaign.report import ago, failed_runs, state_of
+
+    model = data["model"]
     grid = Grid(("site", "run", "work", "for model", "state", "since", "job", "steps", "queued", "ran", "note"))
     shown = [run for run in runs if everything or run.open or run.order.round >= model["version"]]
     rows = {(row["site"], row["number"]): row for row in data["runs"]}
@@ -91,6 +96,14 @@ def _print(workspace: Workspace, runs: tuple[Run, ...], data: dict[str, Any], ev
             print(f"{run.site}: run {run.number:04d} failed: {run.failure.message}")
             other = 'aggregate_at = "" in flctl.toml' if run.order.work == Work.MERGE else f"flctl skip {run.site}"
             print(f"  -> flctl retry {run.site}, or {other}")
+
+
+def _print_sites(workspace: Workspace, runs: tuple[Run, ...], data: dict[str, Any]) -> None:
+    """What waits for a person, or for a time, and until when logins are good."""
+    from flctl.campaign.contacts import hold_of, remedy_of
+    from flctl.campaign.report import notices
+    from flctl.facility.certificates import clock
+
     contacts = {site: workspace.contact(site) for site in workspace.profiles}
     for site, contact in contacts.items():
         if held := hold_of(contact):
@@ -104,6 +117,13 @@ def _print(workspace: Workspace, runs: tuple[Run, ...], data: dict[str, Any], ev
             print(row["warning"])
     for notice in (notice for run in runs for notice in notices(run)):
         print(notice)
+
+
+def _print_means(data: dict[str, Any]) -> None:
+    """Node-hours and space."""
+    from flctl.campaign.space import Room
+    from flctl.campaign.space import line as line_of
+
     for row in data["node_hours"]:
         if row["used"] or row["max"]:
             limit = f" of {row['max']:.4g}" if row["max"] else ""
@@ -113,7 +133,6 @@ def _print(workspace: Workspace, runs: tuple[Run, ...], data: dict[str, Any], ev
         print(f"space, {line_of(Room(site=row['site'], free=row['free'], per_round=row['per_round']))}")
     for warning in data["warnings"]:
         print(warning)
-    print("logins so far: " + ", ".join(_logins(site, row) for site, row in data["logins"].items()))
 
 
 def _logins(site: str, row: dict[str, Any]) -> str:
