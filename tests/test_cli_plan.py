@@ -273,6 +273,14 @@ def test_a_tiny_job_that_does_not_answer_is_cancelled_and_cleared_away(campaign:
     assert not list((campaign.remote("brno") / "runs").iterdir())
 
 
+def test_a_cancelled_tiny_job_that_writes_to_the_last_is_cleared_away(campaign: Campaign) -> None:
+    writes = "for late in {1..20000}; do : >late.$late || break; done"
+    line = f"test -z ${{FLCTL_JOB_ID:-}} || {{ trap '{writes}' TERM; sleep 300 & wait; }}"
+    lay(campaign, "brno", old="[environment]", new=f'[environment]\nactivate = ["{line}"]')
+    campaign.json("site", "test", "brno", "--batch", "--wait", "2s")
+    assert not list((campaign.remote("brno") / "runs").iterdir())
+
+
 def test_pbs_is_asked_the_same_questions(tmp_path: Path) -> None:
     with PbsServer(tmp_path / "pbs") as pbs:
         campaign = Campaign(tmp_path / "c", sites=("brno",))

@@ -55,7 +55,13 @@ def try_batch(session: Session, *, wait: float, pause: Callable[[float], bool]) 
         # Whatever happened; a connection that is lost has said so already.
         with suppress(FlctlError):
             cancel = session.scheduler.cancel(job.token, None)
-            session.ask({"cancel": cancel, "remove": f"rm -rf {quote(job.folder)}; {_forget_old(session)}"})
+            session.ask({"cancel": cancel, "remove": f"{_remove(job)}; {_forget_old(session)}"})
+
+
+def _remove(job: Tiny) -> str:
+    """Twice: a cancelled job that is still ending may write into its folder while rm empties it."""
+    folder = quote(job.folder)
+    return f"rm -rf {folder} 2>/dev/null || {{ sleep 2; rm -rf {folder}; }}"
 
 
 def _forget_old(session: Session) -> str:
