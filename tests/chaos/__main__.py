@@ -85,7 +85,9 @@ def run_all(pieces: list[tuple[str, int | None, int, str]]) -> int:
             result = Result(row=name, trials=0, failures=1, seconds=time.monotonic() - began, notes=notes)
         results.append(result, seed=seed, part=part)
         failures += result.failures
-        figures = ", ".join(f"{key} {value}" for key, value in result.figures.items())
+        figures = ", ".join(
+            f"{key} {len(value) if isinstance(value, list) else value}" for key, value in result.figures.items()
+        )
         print(
             f"{name}: {result.trials} trials, {result.failures} failures, {result.seconds:.0f} s; {figures}", flush=True
         )

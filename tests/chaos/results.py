@@ -120,6 +120,8 @@ def table(lines: Sequence[Mapping[str, Any]]) -> str:
         parts = list({(line["part"], line["seed"]): line for line in newest}.values())
         trials, failures = (sum(line[key] for line in parts) for key in ("trials", "failures"))
         worst = _worst([line["figures"]["worst"] for line in parts if "worst" in line["figures"]])
+        if distinct := set().union(*(line["figures"].get("distinct", ()) for line in parts)):
+            worst = f"{len(distinct)} distinct points; {worst}"
         cells = (f"{trials:,}", str(failures), worst, newest[-1]["commit"]) if parts else ("not run", "", "", "")
         shown.append(f"| {name} | {row.aim} | {' | '.join(cells)} |")
     return "\n".join(shown) + "\n"

@@ -8,15 +8,13 @@ that no one-time code depends on either, both sites are entered by key. Only `ca
 import contextlib
 import random
 import time
-from collections.abc import Iterator
-from dataclasses import replace
 
+from tests.chaos.beds import keys_only
 from tests.chaos.etiquette import testbed
 from tests.chaos.results import Result
 from tests.federation import SITES, Federation
-from tests.testbed import NUMBER, Testbed
+from tests.testbed import Testbed
 from tests.testbed.python import PYTHON
-from tests.testbed.sshd import Sshd
 
 DAY = 24 * 3600
 STEP, SAMPLE_STEP = 300, 3600
@@ -69,7 +67,7 @@ def trial(bed: Testbed, case: str, step: float) -> tuple[list[str], int]:
     """What went wrong, and how often flctl found the site away."""
     bed.reset()
     notes = list[str]()
-    with by_key(bed):
+    with keys_only(bed):
         train = {"seconds": 5}
         federation = Federation(bed, "away", karolina={"train": train}, leonardo={"train": train})
         clock, sshd = Clock(federation), bed.facilities["karolina"].sshd
@@ -97,25 +95,3 @@ def trial(bed: Testbed, case: str, step: float) -> tuple[list[str], int]:
                 notes.append(f"{site} trained {trained} times in {ROUNDS} rounds")
         troubles = [entry for entry in federation.journal() if entry["event"] == "trouble"]
     return notes, sum(entry["site"] == "karolina" for entry in troubles)
-
-
-@contextlib.contextmanager
-def by_key(bed: Testbed) -> Iterator[None]:
-    """Leonardo without codes, by another sshd of the same account."""
-    usual = bed.facilities["leonardo"]
-    environment = {**usual.slurm.environment, "WORK": str(usual.workdir)}
-    server = Sshd(
-        name=f"away{NUMBER or ''}",
-        address="127.0.92.1",
-        port=24200 + NUMBER,
-        user=usual.account_name,
-        environment=environment,
-        kind="key",
-    )
-    with server:
-        server.authorize(bed.key.with_suffix(".pub").read_text())
-        bed.facilities["leonardo"] = replace(usual, sshd=server)
-        try:
-            yield
-        finally:
-            bed.facilities["leonardo"] = usual
