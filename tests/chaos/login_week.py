@@ -16,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -32,12 +33,13 @@ DAY, HOUR = 86400.0, 3600.0
 PER_DAY = 12
 GAP_MOST = 3
 """A site with work may be left alone for so many times the day's share of one login."""
-FAILED_MOST = 10
-"""Jobs that may fail before the row is given up: something else is broken then."""
 BED = f"week{NUMBER or ''}"
 """Its servers, accounts and clock are those of FLCTL_TESTBED, so that two weeks may be lived through at once."""
 CLOCK = Path(f"/var/lib/flctl-testbed/login-{BED}.clock")
 ROOT = Path(__file__).resolve().parents[2]
+SHARED, SHARED_FOR = Path("/dev/shm"), 60.0
+"""Where libfaketime keeps a semaphore and a memory per process, and for how many seconds a dead one's may be in use by
+its children."""
 
 TRAINER = """\
 import os, time
@@ -74,6 +76,16 @@ def lived_through(hours: int, seed: int, *, per_day: int = PER_DAY) -> dict[str,
         done = subprocess.run(words, cwd=ROOT, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True, check=True)
     told: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return told
+
+
+def sweep() -> None:
+    """Remove what libfaketime left of processes that were killed: a later one with the same pid could not begin (exit
+    status 1), and an sshd with it would be ended by its own sandbox."""
+    for path in SHARED.glob("*faketime_*"):
+        pid = path.name.rpartition("_")[2]
+        with suppress(FileNotFoundError):
+            if not Path(f"/proc/{pid}").exists() and right_time() - path.stat().st_mtime > SHARED_FOR:
+                path.unlink()
 
 
 class Clock:
@@ -127,7 +139,6 @@ class Week:
     dice: random.Random
     logins: dict[str, list[float]] = field(default_factory=dict)
     cuts: int = 0
-    failed_jobs: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.began = time.time()
@@ -140,6 +151,7 @@ class Week:
         """Instead of waiting: go on to the next contact or cut."""
         time.sleep(0.05)  # what ends at the sites now is seen at the next look
         self.look()
+        sweep()
         now = time.time()
         if now >= self.over:
             self.engine.stop.set()
@@ -192,10 +204,9 @@ class Week:
 
 
 def live(week: Week, runtime: Path) -> None:
-    """`flctl round` with more rounds than the days can hold. A job that fails is this row's business only as the looks
-    and logins that it costs: its run is tried again, as a person would."""
+    """`flctl round` with more rounds than the days can hold."""
     from flctl.campaign.engine import Engine
-    from flctl.campaign.planning import open_plan, retry
+    from flctl.campaign.planning import open_plan
     from flctl.campaign.rounds import drive
     from flctl.campaign.workspace import Workspace
     from flctl.errors import Interrupted
@@ -203,14 +214,8 @@ def live(week: Week, runtime: Path) -> None:
     workspace = Workspace(week.camp.place)
     week.engine = Engine(workspace=workspace, runtime=runtime)
     try:
-        plan = open_plan(workspace, [], 1000, None)
-        while True:
-            outcome = drive(week.engine, plan, wait=None, pause=week.pause)
-            failed = [failure.message for _, failure in outcome.errors if failure.code == "job_failed"]
-            week.failed_jobs += failed
-            if not failed or len(week.failed_jobs) > FAILED_MOST:
-                raise RuntimeError(f"flctl round ended: {outcome.errors}")
-            retry(week.engine, None)
+        outcome = drive(week.engine, open_plan(workspace, [], 1000, None), wait=None, pause=week.pause)
+        raise RuntimeError(f"flctl round ended: {outcome.errors}")
     except Interrupted:
         week.look()
     finally:
@@ -224,6 +229,7 @@ def main(hours: int, seed: int, per_day: int, folder: Path) -> None:
     os.environ |= {"HOME": str(folder / "home"), "XDG_STATE_HOME": str(folder / "state")}
     os.environ.pop("SSH_AUTH_SOCK", None)
     os.umask(0o022)
+    sweep()
     dice, clock = random.Random(seed), Clock()
     fields = {"address": f"127.0.94.{10 + NUMBER}", "kind": "key+totp"}
     google = Shifted(name=f"{BED}-google", port=24410, user=f"flctl-{BED}-g", rate_limit="3 30", **fields)
@@ -240,7 +246,6 @@ def main(hours: int, seed: int, per_day: int, folder: Path) -> None:
                 "worst": max(week.most(name) for name in week.logins),
                 "logins": figures,
                 "cuts": week.cuts,
-                "failed_jobs": week.failed_jobs,
                 "failed_codes": {name: count(server.log_text()).failed_codes for name, server in camp.servers.items()},
                 "models": week.engine.workspace.newest_model().version,
                 "longest_gap_hours": round(week.gap / HOUR, 1),
