@@ -131,7 +131,8 @@ def test_the_record_says_all_that_made_the_model(made: Campaign) -> None:
 
 
 def test_the_state_lies_beside_the_model_and_is_no_part_of_it(made: Campaign) -> None:
-    from flctl.records import FileEntry, folder_sha256, from_data
+    from flctl.codec import from_data
+    from flctl.records import FileEntry, folder_sha256
 
     told, folder = record(made.place, 2), made.place / "models" / "0002"
     assert not any(entry["path"].startswith("state") for entry in told["files"])

@@ -9,8 +9,9 @@ import pytest
 
 from flctl.campaign.report import notices, run_row
 from flctl.campaign.verdict import Evidence, after_revoking, judge
+from flctl.codec import from_data, to_data
 from flctl.facility.scheduler import Activity, Seen, is_known, qstat, slurm
-from flctl.records import Cause, Contact, Job, Order, Run, Stage, Work, from_data, to_data
+from flctl.records import Cause, Contact, Job, Order, Run, Stage, Work
 
 NOW, ABSENCE, WINDOW = 1000.0, 60.0, 300.0
 OWNER = {"by": "job", "job_id": "17", "nonce": "n", "time": 900.0, "base": "0000"}

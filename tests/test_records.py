@@ -2,6 +2,7 @@
 
 import pytest
 
+from flctl.codec import from_data, to_data
 from flctl.records import (
     Contribution,
     FileEntry,
@@ -16,9 +17,7 @@ from flctl.records import (
     Subject,
     Work,
     folder_sha256,
-    from_data,
     seed_of,
-    to_data,
     token_of,
 )
 

@@ -16,21 +16,11 @@ from flctl.campaign.steps.attempt import ordered
 from flctl.campaign.testimony import table_of
 from flctl.campaign.verdict import contribution_of
 from flctl.campaign.workspace import Workspace, read_record, write_json
+from flctl.codec import to_data
 from flctl.durable import make_folder, move, remove
 from flctl.errors import ConfigurationError, TransferFailed
 from flctl.facility.shell import Answer, quote, read_file
-from flctl.records import (
-    Failure,
-    FileEntry,
-    Job,
-    Order,
-    Run,
-    Stage,
-    Work,
-    folder_sha256,
-    to_data,
-    token_of,
-)
+from flctl.records import Failure, FileEntry, Job, Order, Run, Stage, Work, folder_sha256, token_of
 
 AT_ONCE = 16
 """Runs whose records are read by one command."""

@@ -13,7 +13,8 @@ from flctl.campaign.merging import STATE
 from flctl.campaign.rebuilding import Progress, Stop
 from flctl.campaign.trail import Trail, trail_of
 from flctl.campaign.workspace import Workspace, read_record
-from flctl.records import FileEntry, folder_sha256, from_data
+from flctl.codec import from_data
+from flctl.records import FileEntry, folder_sha256
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -8,10 +8,11 @@ from typing import Any
 from flctl.campaign.chain import KEPT, sha_of
 from flctl.campaign.look import UNREADABLE, Look, record_fault
 from flctl.campaign.signing import unsigned
+from flctl.codec import from_data
 from flctl.errors import ConfigurationError
 from flctl.facility.profile import load_site
 from flctl.model.manifest import hash_folder
-from flctl.records import FileEntry, Run, Stage, Work, folder_sha256, from_data
+from flctl.records import FileEntry, Run, Stage, Work, folder_sha256
 
 
 def look_at_run(look: Look, folder: Path) -> None:

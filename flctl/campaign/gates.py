@@ -4,8 +4,9 @@ from collections.abc import Callable, Mapping, Sequence, Set
 from typing import TYPE_CHECKING, Any
 
 from flctl.campaign.workspace import Workspace
+from flctl.codec import to_data
 from flctl.errors import AggregationRefused
-from flctl.records import Merge, Run, Work, to_data
+from flctl.records import Merge, Run, Work
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -13,9 +13,10 @@ from flctl.campaign import chain, gates
 from flctl.campaign.config import Configuration
 from flctl.campaign.privacy import privacy_of, privacy_settings, shown
 from flctl.campaign.workspace import Workspace, write_json
+from flctl.codec import to_data
 from flctl.durable import move
 from flctl.errors import ConfigurationError
-from flctl.records import FileEntry, Merge, folder_sha256, to_data
+from flctl.records import FileEntry, Merge, folder_sha256
 
 if TYPE_CHECKING:
     from flctl.model.job import Recipe, Source

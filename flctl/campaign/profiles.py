@@ -8,10 +8,10 @@ from typing import Any
 
 from flctl.campaign.shipped import shipped
 from flctl.campaign.workspace import Workspace, write_atomic
+from flctl.codec import to_data
 from flctl.errors import ConfigurationError
 from flctl.facility.profile import Shape, Site, load_site, missing
 from flctl.facility.table import nearest
-from flctl.records import to_data
 
 EXAMPLE = "example"
 PLACEHOLDER = "example.org"

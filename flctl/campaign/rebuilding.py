@@ -11,9 +11,10 @@ from typing import Any
 from flctl.campaign.collected import collected_on, said
 from flctl.campaign.merging import STATE, contribution_folder, recipe_of, sources_of, state_of, state_record
 from flctl.campaign.workspace import RESTORE, Workspace, fsync_folder, lock
+from flctl.codec import from_data
 from flctl.errors import ConfigurationError, Interrupted, UsageError
 from flctl.model.manifest import hash_file, hash_folder
-from flctl.records import FileEntry, folder_sha256, from_data
+from flctl.records import FileEntry, folder_sha256
 
 Progress = Callable[[str, int, int], None]
 """What is being done, bytes so far, bytes in all."""

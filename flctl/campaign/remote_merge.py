@@ -15,11 +15,12 @@ from flctl.campaign.contacts import failure_of
 from flctl.campaign.merge_files import asked_of, own_files, state_files, state_name
 from flctl.campaign.merging import STATE, contributions_of, draft_folder, publish, settings_of, sources_of
 from flctl.campaign.workspace import Workspace, fsync_folder
+from flctl.codec import to_data
 from flctl.errors import AggregationRefused, ConfigurationError
 from flctl.facility.profile import missing
 from flctl.policy import Decision
 from flctl.policy.sync import contribution_name
-from flctl.records import Merge, Order, Part, Run, SiteMerge, Stage, Subject, Work, folder_sha256, to_data
+from flctl.records import Merge, Order, Part, Run, SiteMerge, Stage, Subject, Work, folder_sha256
 
 if TYPE_CHECKING:
     from flctl.model.merge import Made

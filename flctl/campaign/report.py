@@ -10,11 +10,12 @@ from flctl.campaign.contacts import clock_differs, hold_of, outlives
 from flctl.campaign.gates import warnings_of
 from flctl.campaign.privacy import shown
 from flctl.campaign.workspace import Workspace
+from flctl.codec import to_data
 from flctl.errors import ConfigurationError
 from flctl.facility.allowance import used
 from flctl.facility.certificates import clock
 from flctl.facility.profile import load_site
-from flctl.records import Contact, Run, Stage, Work, to_data
+from flctl.records import Contact, Run, Stage, Work
 
 
 def run_row(run: Run, contact: Contact) -> dict[str, Any]:

@@ -14,7 +14,10 @@ from flctl.records import FileEntry, folder_sha256
 PACKAGE = Path(flctl.__file__).parent
 PAYLOAD_FILES = ("batch.py", "seal.py", "train.py")
 MERGER = "merge.zip"
-MERGER_FILES = ("__init__.py", "durable.py", "errors.py", "faults.py", "records.py", "words.py", "model/**/*.py")
+MERGER_FILES = (
+    *("__init__.py", "codec.py", "durable.py", "errors.py", "faults.py", "records.py", "words.py"),
+    "model/**/*.py",
+)
 UNUSED_THERE = ("model/__main__.py", "model/tiny.py")
 
 

@@ -15,10 +15,11 @@ from pathlib import Path, PurePosixPath
 from flctl.campaign.config import whole_profile
 from flctl.campaign.engine import Engine
 from flctl.campaign.session import HASHING_RATE, Session
+from flctl.codec import from_data
 from flctl.errors import BudgetRefused, ConfigurationError, Interrupted, LoginTooSoon, TransferFailed, UsageError
 from flctl.facility.probe import space_left
 from flctl.facility.shell import quote
-from flctl.records import FileEntry, from_data
+from flctl.records import FileEntry
 from flctl.words import printable
 
 FOLDER = "staged"

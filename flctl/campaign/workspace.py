@@ -13,9 +13,10 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from flctl.campaign.journal import Journal, unwritable
+from flctl.codec import SCHEMA, from_data, sealed, to_data, unsealed
 from flctl.durable import fsync_folder, make_folder, read_plain, write_whole
 from flctl.errors import BudgetRefused, ConfigurationError, Locked
-from flctl.records import SCHEMA, Contact, Driver, Model, Plan, Run, from_data, sealed, to_data, unsealed
+from flctl.records import Contact, Driver, Model, Plan, Run
 
 __all__ = ["Workspace", "fsync_folder", "lock", "read_toml", "write_atomic", "write_json"]
 

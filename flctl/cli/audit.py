@@ -8,8 +8,9 @@ import typer
 from flctl.cli.bar import shown
 from flctl.cli.moving import find, heeding
 from flctl.cli.output import Grid, print_failures, print_json
+from flctl.codec import to_data
 from flctl.errors import AggregationRefused
-from flctl.records import Failure, to_data
+from flctl.records import Failure
 
 if TYPE_CHECKING:
     from flctl.campaign.audit import Audit

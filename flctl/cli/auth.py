@@ -52,7 +52,7 @@ def test(
 
 
 def _data(result: "LoginTest") -> dict[str, Any]:
-    from flctl.records import to_data
+    from flctl.codec import to_data
 
     data: dict[str, Any] = to_data(result)
     del data["failure"], data["digits"]

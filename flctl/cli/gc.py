@@ -8,8 +8,9 @@ import typer
 from flctl.campaign.workspace import Workspace
 from flctl.cli.moving import a_person, find, moving, patiently
 from flctl.cli.output import Grid, print_failures, print_json
+from flctl.codec import to_data
 from flctl.errors import exit_code_of
-from flctl.records import Failure, to_data
+from flctl.records import Failure
 
 if TYPE_CHECKING:
     from flctl.campaign.growth import Item

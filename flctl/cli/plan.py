@@ -80,7 +80,7 @@ def _ask(workspace: Workspace, names: list[str], *, json: bool) -> "Mapping[str,
 
 
 def _data(plan: Plan | None, views: "tuple[Outlook, ...]") -> dict[str, Any]:
-    from flctl.records import to_data
+    from flctl.codec import to_data
 
     if plan is None:
         return {"first": None, "target": None, "steps": None, "sites": []}

@@ -45,7 +45,7 @@ def test(
         ]
     status, code, errors = outcome(results)
     if json:
-        from flctl.records import to_data
+        from flctl.codec import to_data
 
         print_json("site test", status=status, exit_code=code, data={"sites": to_data(results)}, errors=errors)
     else:

@@ -36,7 +36,7 @@ def stage(
             lambda: put(engine, name, paths or [], model=model, replaces=replaces, tell=tell), engine.stop
         )
     if json:
-        from flctl.records import to_data
+        from flctl.codec import to_data
 
         data = {"site": name, "staged": to_data(staged)}
         print_json("site stage", status="ok", exit_code=0, data=data)

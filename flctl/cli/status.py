@@ -8,8 +8,9 @@ import typer
 from flctl.campaign.workspace import Workspace
 from flctl.cli.moving import find
 from flctl.cli.output import Grid, print_json, seconds
+from flctl.codec import to_data
 from flctl.errors import ConfigurationError, LoginPaused
-from flctl.records import Run, Work, to_data
+from flctl.records import Run, Work
 
 NOTE_MOST = 60
 

@@ -12,12 +12,13 @@ from typing import Any
 import torch
 
 from flctl import __version__
+from flctl.codec import from_data
 from flctl.errors import FlctlError, Interrupted, defect
 from flctl.model.job import Recipe, Source
 from flctl.model.merge import merge
 from flctl.model.shards import open_shards
 from flctl.model.state import read_state
-from flctl.records import SiteMerge, from_data
+from flctl.records import SiteMerge
 
 TOLD = 10  # per cent between two lines of the log
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
+from flctl.codec import to_data
 from flctl.errors import AggregationRefused, ConfigurationError, Interrupted, UsageError
 from flctl.model import apart
 from flctl.model.draft import translated
@@ -20,7 +21,7 @@ from flctl.model.ranks import ALONE, Ranks
 from flctl.model.request import Checked, Part, Request, checked
 from flctl.model.shards import open_shards
 from flctl.model.state import FOLDER, State
-from flctl.records import folder_sha256, to_data
+from flctl.records import folder_sha256
 
 if TYPE_CHECKING:
     from flctl.model.adapters import AdapterReport

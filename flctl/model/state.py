@@ -8,11 +8,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from flctl.codec import from_data, to_data
 from flctl.errors import ConfigurationError
 from flctl.model.draft import Draft
 from flctl.model.header import MASTER, Tensor, packed
 from flctl.model.shards import Reader, Shards, open_shards
-from flctl.records import FileEntry, from_data, to_data
+from flctl.records import FileEntry
 
 FOLDER = "state"
 RECORD = "state.json"

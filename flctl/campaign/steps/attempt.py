@@ -4,8 +4,9 @@ import json
 from pathlib import PurePosixPath
 
 from flctl.campaign.session import Session
+from flctl.codec import from_data
 from flctl.errors import TransferFailed
-from flctl.records import Order, Run, SiteMerge, Subject, Work, from_data
+from flctl.records import Order, Run, SiteMerge, Subject, Work
 
 
 def attempt_name(run: Run) -> str:

@@ -14,11 +14,12 @@ from flctl.campaign.merging import STATE
 from flctl.campaign.session import Place, Session
 from flctl.campaign.steps.attempt import attempt_name, ordered, remote_folder
 from flctl.campaign.workspace import write_atomic
+from flctl.codec import from_data, to_data
 from flctl.errors import ConfigurationError
 from flctl.facility.probe import space_commands, space_left
 from flctl.facility.script import job_script
 from flctl.facility.shell import MISSING, Answer, quote, read_file
-from flctl.records import FileEntry, Run, Stage, Work, from_data, seed_of, to_data
+from flctl.records import FileEntry, Run, Stage, Work, seed_of
 
 SETTLING = 30.0
 """Seconds before a merge's walltime is over, on top of those for hashing, by which it must be complete."""

@@ -13,9 +13,10 @@ from flctl.campaign.config import Configuration
 from flctl.campaign.merge_files import allowed, check_made, own_files
 from flctl.campaign.session import Session
 from flctl.campaign.steps.attempt import attempt_name, remote_folder
+from flctl.codec import to_data
 from flctl.durable import fsync_folders, move
 from flctl.errors import AggregationRefused, BudgetRefused, JobFailed
-from flctl.records import Contribution, FileEntry, Run, Stage, Work, folder_sha256, to_data
+from flctl.records import Contribution, FileEntry, Run, Stage, Work, folder_sha256
 from flctl.words import printable
 
 PLAIN_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,200}")
