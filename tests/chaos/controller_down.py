@@ -10,14 +10,14 @@ import contextlib
 import random
 import time
 
-from tests.chaos.etiquette import testbed
+from tests.chaos.beds import made
 from tests.chaos.results import Result
 from tests.federation import Federation
 from tests.testbed import Testbed
 from tests.testbed.slurm import Slurm
 
 POLL = {"every": 1, "absence": 2, "claim_window": 15}
-HOUR, SAMPLE = 12 * 15, 20
+HOUR, SAMPLE = 12 * 15, 12
 """Seconds for which the controller is away."""
 CASES = tuple((how, when) for when in ("submitting", "running", "ending") for how in ("hangs", "killed"))
 
@@ -30,7 +30,7 @@ def run(*, seed: int, trials: int | None = None, bed: Testbed | None = None) -> 
         random.Random(seed).shuffle(cases)
         cases = [cases[number % len(cases)] for number in range(trials)]
     with contextlib.ExitStack() as stack:
-        bed = bed or stack.enter_context(testbed())
+        bed = bed or stack.enter_context(made(None))
         for how, when in cases:
             down = time.monotonic()
             notes += [f"{when}, {how}: {note}" for note in trial(bed, how, when, HOUR if trials is None else SAMPLE)]

@@ -9,15 +9,14 @@ import contextlib
 import random
 import time
 
-from tests.chaos.beds import keys_only
-from tests.chaos.etiquette import testbed
+from tests.chaos.beds import keys_only, made
 from tests.chaos.results import Result
 from tests.federation import SITES, Federation
 from tests.testbed import Testbed
 from tests.testbed.python import PYTHON
 
 DAY = 24 * 3600
-STEP, SAMPLE_STEP = 300, 3600
+STEP, SAMPLE_STEP = 300, 7200
 """Simulated seconds between two ticks, in the full aim and in a sample."""
 ROUNDS = 2
 CASES = ("before its first login", "while its job runs")
@@ -39,7 +38,7 @@ def run(*, seed: int, trials: int | None = None, bed: Testbed | None = None) -> 
         random.Random(seed).shuffle(cases)
         cases = [cases[number % len(cases)] for number in range(trials)]
     with contextlib.ExitStack() as stack:
-        bed = bed or stack.enter_context(testbed())
+        bed = bed or stack.enter_context(made(None))
         for case in cases:
             found, tried = trial(bed, case, STEP if trials is None else SAMPLE_STEP)
             notes += [f"away {case}: {note}" for note in found]
