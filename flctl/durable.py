@@ -6,13 +6,31 @@ second flush of it proves nothing; what is written again is a new file.
 """
 
 import errno
+import fcntl
 import os
 import shutil
 import threading
+import time
 from contextlib import suppress
 from pathlib import Path
 
 from flctl import faults
+
+LOCK_PATIENCE = 20.0
+"""Seconds for another process to be done with a small file, which takes it milliseconds."""
+
+
+def lock(descriptor: int) -> None:
+    """Lock a small open file for this process and thread alone. OSError (ETIMEDOUT) if another one keeps it for longer
+    than any has a reason to: one that was stopped must not stop all others."""
+    deadline = time.monotonic() + LOCK_PATIENCE
+    while True:
+        try:
+            return fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() >= deadline:
+                raise OSError(errno.ETIMEDOUT, "another flctl holds it and does not go on") from None
+            time.sleep(0.01)
 
 
 def fsync_folder(folder: Path) -> None:

@@ -136,7 +136,7 @@ class Job:
     start as the scheduler has it. `progress`: optimizer
     steps in the program's own checkpoint. `cancelled_by`: uid of who cancelled the job, as accounting has it.
     `ending`: why a person had flctl end this attempt, and `revoked` whether flctl gave it up by itself, both written
-    before the site is told."""
+    before the site is told; `ending` is empty again once it was."""
 
     token: str
     id: str | None = None

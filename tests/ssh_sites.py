@@ -200,6 +200,10 @@ class Network:
     def site(self, **fields: Any) -> Site:
         return site_of(self.server, host="127.0.0.1", port=self.port, **fields)
 
+    def target(self) -> Sshd:
+        """Where the next connection leads."""
+        return self.server
+
     def freeze(self) -> None:
         """Nothing comes or goes from now on; nobody is told."""
         self.frozen.set()
@@ -229,7 +233,8 @@ class Network:
         while not self._over:
             with contextlib.suppress(OSError):
                 ours, _ = self._listener.accept()
-                theirs = socket.create_connection((self.server.address, self.server.port))
+                server = self.target()
+                theirs = socket.create_connection((server.address, server.port))
                 self._links += [ours, theirs]
                 threading.Thread(target=self._carry, args=(ours, theirs), daemon=True).start()
 

@@ -54,6 +54,17 @@ def test_a_site_that_was_purged_gets_everything_again(campaign: Campaign) -> Non
     assert campaign.json("round")["data"]["model"]["version"] == 2
 
 
+def test_data_that_was_purged_is_noticed_before_a_job_waits_for_it(campaign: Campaign) -> None:
+    data = campaign.root / "pisa" / "data"
+    data.rename(data.with_name("away"))
+    (error,) = [error for error in campaign.json("round", code=3)["errors"] if error["site"] == "pisa"]
+    assert f"there is no {data} (purged?)" in error["message"]
+    assert (campaign.submissions("brno"), campaign.submissions("pisa")) == (1, 0)
+    data.with_name("away").rename(data)
+    assert campaign.json("round")["data"]["model"]["version"] == 1
+    assert (campaign.submissions("brno"), campaign.submissions("pisa")) == (1, 1)
+
+
 def test_a_retry_replaces_a_model_that_was_spoilt_at_the_site(single: Campaign) -> None:
     single.profile("pisa", behave="fail")
     single.json("round", code=6)

@@ -481,11 +481,14 @@ def test_a_file_that_is_not_what_its_site_sealed_is_never_merged(tmp_path: Path)
         return bool(answers[-1]["errors"])
 
     campaign.wait(is_refused)
-    (error,) = answers[-1]["errors"]
-    assert (error["site"], error["code"]) == ("pisa", "transfer_failed")
-    assert "its sha256 differs" in error["message"]
+    error = answers[-1]["errors"][0]
+    assert (error["site"], error["code"]) == ("pisa", "job_failed")
+    assert "model.safetensors of run 0001-1 is not what its record says, at the site itself" in error["message"]
     assert not (campaign.place / "models" / "0001").exists()
-    flip(folder / "out" / "model.safetensors")
+    campaign.json("campaign", "tick", code=None)
+    moved = (campaign.place / "journal.jsonl").read_text().count('"pisa", "path": "runs/0001-1/out/model.safetensors"')
+    assert moved == 1  # to bring it again is no use: a person is asked
+    campaign.flctl("retry", "pisa")
     assert campaign.json("round")["data"]["model"]["version"] == 1
 
 

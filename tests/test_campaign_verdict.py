@@ -362,6 +362,8 @@ TABLE = {
     ("F", "exit status 3"): (PROGRAM, OTHER),
     ("F", "exit status 265, SIGKILL"): (PROGRAM, OTHER),
     ("F", "exit status 271, SIGTERM"): (OTHER, OTHER),
+    ("F", "exit status 271, SIGTERM; Job run at noon on (n1) and terminated by ada@n1"): (OTHER, OTHER),
+    ("F", "exit status 271, SIGTERM; Job run at noon on (n1) and exceeded resource walltime"): (TIME, TIME),
     ("F", "exit status -29, over its walltime"): (TIME, TIME),
     ("F", "exit status -28, over its cput"): (TIME, TIME),
     ("F", "exit status -27, over its mem"): (MEMORY, MEMORY),
@@ -426,6 +428,8 @@ def test_sigterm_at_the_end_of_its_time_is_its_time() -> None:
     ended = seen("F", Activity.ENDED, reason="exit status 271, SIGTERM", elapsed=601.0)
     assert concluded(ended, late, walltime=600.0).cause == TIME
     assert concluded(ended, None, walltime=600.0).cause == TIME
+    deleted = replace(ended, reason="exit status 271, SIGTERM; Job run at noon and terminated by ada@n1")
+    assert concluded(deleted, late, walltime=600.0).cause == OTHER, "PBS tells whose qdel it was"
     shortened = a_run(Stage.RUNNING, walltime=600.0)
     running = seen("RUNNING", Activity.ACTIVE, expected_end=951.0)
     shortened = replace(shortened, job=verdict(shortened, evidence(seen=(running,), owner=OWNER)).job)
@@ -582,3 +586,53 @@ def test_a_launch_that_failed_is_one_only_of_a_job_that_never_began() -> None:
     listed = seen("FAILED", Activity.ENDED, reason="JobLaunchFailure")
     assert concluded(listed, None, owner=None).cause == INFRASTRUCTURE
     assert concluded(listed, None).cause == PROGRAM
+
+
+def test_a_clock_that_was_set_back_makes_nobody_wait_for_it() -> None:
+    """What was first seen in the future is seen now; a claim of the future is as old as one of the past."""
+    run = a_run(Stage.RUNNING, absent_at=NOW + 86400, never_at=NOW + 86400, again_at=NOW + 86400)
+    told = verdict(run, evidence(owner=OWNER))
+    assert (told.revoke, told.job.absent_at) == (False, NOW)
+    assert verdict(replace(run, job=told.job), evidence(owner=OWNER), NOW + 60).revoke
+    assert verdict(run, evidence(seen=(NEVER,))).job.never_at == NOW
+    again = seen("PENDING", Activity.WAITING, reason="BeginTime")
+    assert verdict(run, evidence(seen=(again,), owner=OWNER)).job.again_at == NOW
+    lost = a_run(Stage.CLAIMED, id=None, absent_at=NOW - 1000)
+    assert not verdict(lost, evidence(job_id=None, claim_age=-299.0)).revoke
+    assert verdict(lost, evidence(job_id=None, claim_age=-86400.0)).revoke
+
+
+@pytest.mark.parametrize(
+    "reason",
+    [
+        "launch failed requeued held",
+        "user env retrieval failed requeued held",
+        "UserEnv retrieval failed, requeued held",
+        "JobHoldMaxRequeue",
+    ],
+)
+def test_every_word_for_a_launch_that_failed_is_known(reason: str) -> None:
+    held = seen("PENDING", Activity.WAITING, reason=reason)
+    run = replace(a_run(), job=verdict(a_run(), evidence(seen=(held,))).job)
+    assert "tries again by itself" in notices(run)[0]
+    told = verdict(run, evidence(seen=(held,)), NOW + 60)
+    assert told.revoke
+    assert after_revoking(run, told.job, OURS, None, "base").failure.cause == INFRASTRUCTURE
+
+
+def test_a_job_whose_name_accounting_never_heard_is_known_by_its_id() -> None:
+    """It ended before slurmdbd was told of its start; by the time of the look the queue has forgotten it."""
+    run = a_run(claimed_at=800.0)
+    unnamed = seen("CANCELLED", Activity.ENDED, name="allocation", submitted_at=801.0, cancelled_by=1007)
+    told = verdict(run, evidence(seen=(unnamed,)))
+    assert (told.job.state, told.job.cancelled_by) == ("CANCELLED", 1007)
+    for stranger in (
+        replace(unnamed, id="18"),
+        replace(unnamed, submitted_at=100.0),
+        replace(unnamed, submitted_at=None),
+    ):
+        assert verdict(run, evidence(seen=(stranger,))).job.state == ""
+    assert verdict(run, evidence(seen=(PENDING, unnamed))).job.state == "PENDING", "a name says more"
+    words = slurm.Slurm(accounted_for=True)
+    assert "--name=fa,fb,allocation " in (words.accounting(["fa", "fb"], ["17", "18"]) or "")
+    assert "allocation" not in (words.accounting(["fa", "fb"], ["17", None]) or "")

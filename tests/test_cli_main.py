@@ -259,13 +259,16 @@ def test_init_refuses_other_weights_with_the_way_to_convert_them(campaign: Campa
 
 def test_the_cron_texts_are_right(campaign: Campaign, tmp_path: Path) -> None:
     """The crontab line runs in cron's environment; the units pass systemd's own checker."""
-    ran = campaign.flctl("campaign", "cron", "--every", "7")
+    state = tmp_path / "state 100%"
+    ran = campaign.flctl("campaign", "cron", "--every", "7", XDG_STATE_HOME=str(state))
     assert ran.returncode == 0
+    assert not (state / "flctl").exists()
     lines = ran.stdout.splitlines()
     crontab = next(line for line in lines if line.startswith("*/7 * * * * "))
     command = crontab.split(" ", 5)[5].replace(r"\%", "%")
     done = subprocess.run(["/bin/sh", "-c", command], env={"HOME": "/", "PATH": "/usr/bin:/bin"}, cwd="/")
     assert done.returncode == 0, (campaign.place / "tick.log").read_text()
+    assert (state / "flctl").is_dir()  # where logins and codes are remembered: one place for whoever moves the campaign
     name, text = "", {}
     for line in lines[lines.index(crontab) + 1 :]:
         if line.startswith("# ~/.config/systemd/user/"):

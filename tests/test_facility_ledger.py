@@ -31,7 +31,7 @@ from flctl.facility.codes import Answers
 from flctl.facility.openssh import login_place
 from flctl.facility.profile import Login, Scheduler, Shape, Site, Totp
 from flctl.facility.table import load_table
-from tests.ssh_sites import another_secret
+from tests.ssh_sites import another_secret, early_in_a_step
 from tests.ssh_sites import secret_file as code_file
 
 NOW = 1e9
@@ -332,6 +332,7 @@ def test_no_code_is_made_with_a_clock_that_is_known_to_be_wrong(tmp_path: Path) 
     totp = Totp(automation="permitted", permission="here", secret=code_file(tmp_path, another_secret()))
     site = a_site(totp=totp)
     allowance.note_skew(site, 25.0)
+    early_in_a_step()
     Answers(site)
     allowance.note_skew(site, -95.0)
     with pytest.raises(LoginNeeded, match=r"clock was 95 s behind the site's.*no code is made") as caught:

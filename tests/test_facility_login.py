@@ -16,12 +16,12 @@ from typing import Any
 import pytest
 
 from flctl.errors import CodeSpent, ConfigurationError, HostKeyRefused, LoginNeeded
-from flctl.facility import hostcertificates, hostkeys, ledger, references
+from flctl.facility import codes, hostcertificates, hostkeys, ledger, references
 from flctl.facility.codes import Secret, parse_secret
 from flctl.facility.connection import Road, connect, host_key, trust
 from flctl.facility.openssh import Place, environment, login_place, ssh
 from flctl.facility.over_ssh import OverSsh
-from flctl.facility.profile import Site, Totp
+from flctl.facility.profile import Login, Password, Scheduler, Site, Totp
 from flctl.facility.references import read_reference
 from flctl.facility.transfer import push
 from tests.ssh_sites import (
@@ -210,6 +210,24 @@ def test_a_command_that_gives_nothing_is_refused_in_time(command: str, monkeypat
     with pytest.raises(ConfigurationError):
         read_reference(f"command:{command}")
     assert time.monotonic() - began < 10
+
+
+@pytest.mark.parametrize("secret", ["totp", "password"])
+def test_the_program_that_gives_one_secret_does_not_inherit_the_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, secret: str
+) -> None:
+    monkeypatch.setenv("FLCTL_TEST_OTHER", "canary of the other secret")
+    program = f"command:sh -c 'env >{tmp_path}/env; echo GEZDGNBVGY3TQOJQ'"
+    given = {"totp": program, "password": "env:FLCTL_TEST_OTHER"}
+    if secret == "password":
+        given = {"totp": given["password"], "password": given["totp"]}
+    totp = Totp(automation="permitted", permission="by the test", secret=given["totp"])
+    login = Login(host="h", kind="password+totp", totp=totp, password=Password(secret=given["password"]))
+    site = Site(schema=1, name="s", login=login, scheduler=Scheduler(kind="slurm"), shapes={})
+    assert codes.secret_of(site).key if secret == "totp" else codes.password_of(site)
+    assert "PATH=" in (tmp_path / "env").read_text()
+    assert "canary" not in (tmp_path / "env").read_text()
+    assert read_reference("env:FLCTL_TEST_OTHER") == "canary of the other secret"
 
 
 def test_a_secret_in_the_environment_is_taken_out_of_it(monkeypatch: pytest.MonkeyPatch) -> None:

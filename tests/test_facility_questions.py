@@ -1,5 +1,6 @@
 """What a server may ask at a login, and what it is given: real PAM conversations, each answer once, nothing else."""
 
+import contextlib
 import socket
 import subprocess
 import threading
@@ -16,7 +17,7 @@ from flctl.errors import CodeSpent, ConfigurationError, LoginNeeded
 from flctl.facility import allowance
 from flctl.facility.codes import Answers, parse_secret, wanted_by
 from flctl.facility.connection import Road, connect
-from flctl.facility.openssh import Place
+from flctl.facility.openssh import Place, environment, login_place, ssh
 from flctl.facility.over_ssh import OverSsh
 from flctl.facility.profile import Password, Site, Totp
 from flctl.facility.transfer import push
@@ -155,6 +156,25 @@ def test_a_wrong_password_costs_one_attempt_and_is_not_tried_again(both: Sshd, t
     assert caught.value.attempted and not isinstance(caught.value, CodeSpent)
     seen = counted(both, since)
     assert (seen.connections, seen.logins, seen.failed_codes) == (1, 0, 1)
+
+
+def test_an_ssh_whose_flctl_was_killed_sends_no_empty_answer(code_only: Sshd, tmp_path: Path) -> None:
+    """It goes on by itself, up to the question; an empty answer is a refused one, and some sites count those."""
+    site, since, road = ready(code_only, tmp_path), code_only.mark(), road_to(tmp_path, code_only)
+    program = tmp_path / "askpass"
+    with contextlib.suppress(Killed), OverSsh(site, road, lambda place: None)._asking() as variables:
+        program.write_text(Path(variables["SSH_ASKPASS"]).read_text())
+        raise Killed
+    program.chmod(0o700)
+    words = [*ssh(site, login_place(site), road.known_hosts, code=True), code_only.address, "true"]
+    done = subprocess.run(words, env=environment(**{**variables, "SSH_ASKPASS": str(program)}), timeout=60)
+    assert done.returncode != 0
+    seen = counted(code_only, since)
+    assert (seen.connections, seen.logins, seen.failed_codes) == (1, 0, 0)
+
+
+class Killed(BaseException):
+    """As if flctl were: nothing is there any more that answers."""
 
 
 def test_a_wrong_code_costs_one_attempt(code_only: Sshd, tmp_path: Path) -> None:

@@ -283,7 +283,8 @@ def test_of_two_rows_of_an_id_and_name_the_later_counts_and_of_two_names_each() 
 
 def test_accounting_is_asked_by_id_where_all_are_known_and_no_other_word_gets_into_the_command() -> None:
     ids = capture("sacct_by_id").command.split(" -j ")[1].split()[0].split(",")
-    assert a_slurm().accounting(NAMES, ids) == capture("sacct_by_id").command.replace("-X", "-X -D")
+    captured = capture("sacct_by_id").command.replace("-X", "-X -D").replace(" --format", ",allocation --format")
+    assert a_slurm().accounting(NAMES, ids) == captured
     by_time = capture("sacct_rows").command.replace("-X", "-X -D")
     assert a_slurm().accounting(NAMES) == by_time
     for bad in (None, "", "17; id", "$(id)", "17\n", "-1", "17_4", "١٧", "4711.pbs"):

@@ -1,9 +1,11 @@
 """Moving files: over each road to a real sshd, and on this machine; whole, resumable, never more than asked for."""
 
+import contextlib
 import hashlib
 import io
 import os
 import re
+import signal
 import socket
 import subprocess
 import sys
@@ -437,6 +439,54 @@ def test_stopping_ends_our_rsync_and_keeps_what_it_has(server: Sshd, tmp_path: P
     assert not (target / "a").exists()
     assert (target / transfer.INCOMING / rsync.PARTIAL / "a").stat().st_size > 5_000_000
     os.close(lock)
+
+
+def test_what_came_before_our_rsync_was_killed_does_not_come_again(keyed: Sshd, tmp_path: Path) -> None:
+    """As a power cut does: it had no time to keep what it had under the name of a partial file."""
+    size, site, target = 24_000_000, fresh(keyed), tmp_path / "target"
+    sent = write(site, "a", os.urandom(size))
+    open_up(site)
+    with Network(keyed) as network:
+
+        def kill() -> bool:
+            for pid in rsyncs(str(target)) if network.frozen.is_set() else []:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+            return False
+
+        with to(keyed, tmp_path, network=network, road={"stop": kill}) as connection:
+            connection.run("true")
+            network.received, network.freeze_after = 0, size * 2 // 3
+            with pytest.raises(SiteUnreachable):
+                connection.pull(there(site), [sent], target)
+    wait_for(lambda: not rsyncs(str(target)))
+    with Network(keyed) as network, to(keyed, tmp_path, network=network) as connection:
+        connection.pull(there(site), [sent], target)
+        assert network.received < size * 2 // 3
+    assert (target / "a").read_bytes() == (site / "a").read_bytes()
+    assert names_below(target) == ["a"]
+
+
+def test_what_was_sent_before_the_link_fell_silent_is_not_sent_again(
+    server: Sshd, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The rsync there still waits for the rest, and has not yet kept what it has under the name of a partial file."""
+    monkeypatch.setattr(patience, "ALIVE_INTERVAL", 1)
+    monkeypatch.setattr(patience, "ALIVE_COUNT", 2)
+    size, site = 24_000_000, PurePosixPath(f"{fresh(server)}/.0007.part")
+    write(tmp_path / "source", "in/a", os.urandom(size))
+    with Network(server) as silent, to(server, tmp_path, network=silent) as connection:
+        connection.run("true")
+        silent.sent, silent.freeze_after = 0, size * 2 // 3
+        with pytest.raises(SiteUnreachable):
+            connection.push(tmp_path / "source", ["in/a"], site)
+        with Network(server) as network, to(server, tmp_path, network=network) as another:
+            another.run("true")
+            network.sent = 0
+            another.push(tmp_path / "source", ["in/a"], site)
+            assert network.sent < size * 2 // 3
+    assert (Path(site) / "in" / "a").read_bytes() == (tmp_path / "source" / "in" / "a").read_bytes()
+    assert [name for name in names_below(Path(site)) if not name.startswith("in/.")] == ["in/a"]
 
 
 def test_stopping_ends_a_local_copy(tmp_path: Path) -> None:

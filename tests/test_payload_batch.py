@@ -1,5 +1,6 @@
 """The local queue: a job is alive as long as its folder's lock is held; no process id is trusted."""
 
+import fcntl
 import json
 import os
 import signal
@@ -155,3 +156,13 @@ def test_a_job_that_ignores_term_is_killed_in_the_end(queue: Queue) -> None:
     queue.wait_for_log("deaf", "ready")
     queue.call("cancel", str(queue.runs), "--name", "deaf")
     queue.wait("deaf", "CANCELLED")
+
+
+def test_somebody_else_who_looks_at_the_same_moment_is_no_job(queue: Queue) -> None:
+    queue.submit("dead", "kill -9 0")
+    queue.wait("dead", "LOST")
+    with (queue.runs / "dead" / "lock").open("a") as lock:
+        fcntl.flock(lock, fcntl.LOCK_SH)
+        assert queue.states() == {"dead": "LOST"}
+        assert queue.call("cancel", str(queue.runs), "--name", "dead").returncode == 0
+        assert not (queue.runs / "dead" / "cancelled").exists()

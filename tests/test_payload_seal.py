@@ -276,3 +276,15 @@ def test_progress_that_leads_elsewhere_is_none(place: Place) -> None:
     (place.run / "checkpoint" / "progress").symlink_to(place.run / "secret")
     place.finish(3)
     assert place.done["progress"] is None
+
+
+def test_revocations_beside_each_other_all_learn_the_owner(place: Place) -> None:
+    """A connection that was cut leaves one behind; the next contact revokes again, under the same nonce."""
+    for attempt in range(6):
+        place.run = place.root / "runs" / f"0001-{attempt + 1}"
+        place.run.mkdir(exist_ok=True)
+        with ThreadPoolExecutor(8) as pool:
+            answers = list(pool.map(lambda _: place.call("revoke", nonce="rsame"), range(8)))
+        assert [answer.returncode for answer in answers] == [0] * 8, answers[0].stderr
+        assert {json.loads(answer.stdout)["by"] for answer in answers} == {"flctl"}
+        assert sorted(path.name for path in place.run.iterdir() if path.name != "order.json") == ["owner"]

@@ -129,3 +129,14 @@ def test_a_failed_evaluation_stops_nothing() -> None:
     view = replace(view, models=(START, made))
     failed = tuple(a_run(order, 2, Stage.FAILED) for order in decide(view, 0.0).orders)
     assert decide(replace(view, runs=view.runs + failed), 0.0).done
+
+
+def test_a_model_of_an_earlier_plan_that_is_gone_is_made_again_and_nothing_is_trained_for_it() -> None:
+    fetched = after({"a": Stage.FETCHED, "b": Stage.FETCHED, "c": Stage.FETCHED})
+    later = replace(fetched, plan=replace(PLAN, number=2, first=2))
+    decision = decide(later, 0.0)
+    assert decision.merge == decide(fetched, 0.0).merge
+    assert decision.merge is not None
+    none = decide(replace(later, runs=()), 0.0)
+    assert (none.merge, none.orders) == (None, ())
+    assert "is gone" in none.lacking

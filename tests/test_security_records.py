@@ -1,13 +1,18 @@
 """What a site's record may be: JSON of a bounded size and depth, each key once, numbers; all else is no record."""
 
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from flctl.campaign.remote_merge import _seconds
 from flctl.campaign.testimony import DEEPEST, MOST, numbers_only, table_of
+from flctl.cli.round import _score
+from flctl.errors import ConfigurationError
+from flctl.model.state import read_state
 from flctl.records import Failure, Held, Job
 
 HOSTILE = {
@@ -72,6 +77,22 @@ def test_metrics_are_numbers_and_short_plain_words() -> None:
     }
     kept = {"loss": 1.5, "device": "cuda:0", "evaluation": {"base": {"perplexity": 7}}}
     assert numbers_only(told) == kept
+
+
+@pytest.mark.parametrize(
+    "told", [{}, {"evaluation": 5}, {"evaluation": {"base": 5}}, {"evaluation": {"base": {"perplexity": "cuda:0"}}}]
+)
+def test_metrics_of_any_shape_are_shown_or_left_out(told: dict[str, Any]) -> None:
+    assert _score(told, "base") is None
+    assert [_seconds({"seconds": value}) for value in ("cuda:0", {}, [1], 2.5)] == [0.0, 0.0, 0.0, 2.5]
+    assert _score({"evaluation": {"base": {"perplexity": 7}}}, "base") == 7.0
+
+
+@pytest.mark.parametrize("step", ["1e999", "[" * 200_000, "{}", "NaN"])
+def test_a_state_of_a_rule_that_no_rule_leaves_is_damaged(tmp_path: Path, step: str) -> None:
+    (tmp_path / "state.json").write_text(f'{{"schema": 1, "rule": "r", "model": "m", "files": [], "step": {step}}}')
+    with pytest.raises(ConfigurationError, match="damaged"):
+        read_state(tmp_path)
 
 
 def test_the_words_in_records_are_harmless() -> None:

@@ -9,16 +9,17 @@ from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from flctl.campaign.config import load_configuration
 from flctl.campaign.driver import Seen
 from flctl.campaign.session import HASHING_RATE, Session
 from flctl.campaign.signing import record_of
 from flctl.campaign.steps.attempt import ordered
 from flctl.campaign.testimony import table_of
 from flctl.campaign.verdict import contribution_of
-from flctl.campaign.workspace import Workspace, read_record, write_json
+from flctl.campaign.workspace import Workspace, write_json
 from flctl.codec import to_data
 from flctl.durable import make_folder, move, remove
-from flctl.errors import ConfigurationError, TransferFailed
+from flctl.errors import AggregationRefused, ConfigurationError, TransferFailed
 from flctl.facility.shell import Answer, quote, read_file
 from flctl.records import Failure, FileEntry, Job, Order, Run, Stage, Work, folder_sha256, token_of
 
@@ -118,7 +119,8 @@ def _recreated(workspace: Workspace, site: str, there: There, before: Run | None
         stage=Stage.CLAIMED if there.claimed else Stage.DELIVERED,
     )
     following = 1 if plan is None else plan.number if newest < plan.target else plan.number + 1
-    run = replace(blank, order=ordered(blank, json.dumps(there.order), plan=following))
+    text, configuration = json.dumps(there.order), load_configuration(workspace)
+    run = replace(blank, order=ordered(blank, text, plan=following, configuration=configuration))
     ended = run.order.round < newest or (run.order.round == newest and run.order.work != Work.EVALUATE)
     return _closed(run, there.done) if ended else run
 
@@ -167,22 +169,45 @@ def bring_model(session: Session, version: int, digest: str, steps: int) -> bool
     draft = target.parent / f".{target.name}.draft"
     remove(draft)
     session.bring(session.root / "models" / target.name, files, draft)
-    record = {
+    _check_model(draft, files, session.site.name)
+    by = {"site": session.site.name, "at": round(time.time(), 3)}
+    write_json(draft / "flctl.json", record_without_history(version, digest, steps, files, by))
+    make_folder(target.parent)
+    move(draft, target)
+    workspace.journal.append("adopted", model=version, site=session.site.name, sha256=digest)
+    return True
+
+
+def _check_model(folder: Path, files: tuple[FileEntry, ...], site: str) -> None:
+    """AggregationRefused unless these are the files of a model, whose headers are sound: who owns the account at the
+    site may have put others beside them."""
+    from flctl.model.manifest import model_files
+    from flctl.model.shards import open_shards
+
+    own = model_files(open_shards(folder, site=site))
+    if others := [entry.path for entry in files if entry.path not in own]:
+        raise AggregationRefused(
+            f"the model {folder.name.split('.')[1]} there holds {', '.join(others[:3])}, which is no part of a model",
+            hint="look at it there; without these files it can be brought",
+            site=site,
+        )
+
+
+def record_without_history(
+    version: int, digest: str, steps: int, files: tuple[FileEntry, ...], by: dict[str, Any]
+) -> dict[str, Any]:
+    """The flctl.json of a version of which nobody tells how it was made."""
+    return {
         "schema": 1,
         "version": version,
         "sha256": digest,
         "parents": [],
         "steps": steps,
         "contributions": [],
-        "adopted": {"site": session.site.name, "at": round(time.time(), 3)},
+        "adopted": by,
         "created_at": time.time(),
         "files": to_data(files),
     }
-    write_json(draft / "flctl.json", record)
-    make_folder(target.parent)
-    move(draft, target)
-    workspace.journal.append("adopted", model=version, site=session.site.name, sha256=digest)
-    return True
 
 
 def _files_there(session: Session, version: int) -> tuple[FileEntry, ...]:
@@ -203,29 +228,3 @@ def _files_there(session: Session, version: int) -> tuple[FileEntry, ...]:
             return ()
         found.append(FileEntry(path=match[2], size=sizes[match[2]], sha256=match[1]))
     return tuple(sorted(found, key=lambda entry: entry.path))
-
-
-# Damaged records
-
-
-def set_aside(workspace: Workspace) -> list[Path]:
-    """Give each damaged record another name, so that it can be made again from what the sites know, and a model whose
-    record is damaged, so that it is merged again. What a newer flctl wrote is left alone."""
-    records = [*workspace.root.glob("runs/*/*/run.json"), *workspace.root.glob("runs/*/contact.json")]
-    records += [workspace.root / "plan.json", workspace.root / "driver.json"]
-    aside = []
-    for path in (*records, *workspace.root.glob("models/*/flctl.json")):
-        if not path.is_symlink() and not path.exists():
-            continue
-        try:
-            read_record(path)
-        except ConfigurationError as error:
-            if "is damaged" not in error.message and not path.is_symlink():
-                raise
-            place = path.parent if path.name == "flctl.json" else path
-            new = place.with_name(f".{place.name}.damaged")
-            remove(new)
-            move(place, new)
-            workspace.journal.append("put aside", path=str(place.relative_to(workspace.root)), reason=error.message)
-            aside.append(new)
-    return aside

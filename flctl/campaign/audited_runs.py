@@ -97,7 +97,8 @@ def _output(look: Look, folder: Path, run: Run | None, item: Mapping[str, Any], 
     """What was fetched, against the run's record and the model that was made of it."""
     if look.is_collected(folder.parent, version):
         return
-    if not folder.exists() and not item and not (folder.parent / "done.json").exists():
+    told = run is not None and run.contribution is not None and not run.contribution.sha256
+    if not folder.exists() and not item and (told or not (folder.parent / "done.json").exists()):
         return  # adopted from what its site tells: it was never fetched to this folder
     fetched = run is not None and run.stage == Stage.FETCHED and run.order.work != Work.EVALUATE
     entries = run.contribution.files if run and fetched and run.contribution else ()

@@ -54,7 +54,7 @@ SLACK = 5.0
 """Seconds before the end of its time at which a job that was ended is taken for one that ran out of it."""
 
 STUCK: tuple[tuple[str, str], ...] = (
-    (r"launch failed requeued held", "it could not be launched; flctl gives it up and tries again by itself"),
+    (r"(?i:requeued held)|JobHoldMaxRequeue", "it could not be launched; flctl gives it up and tries again by itself"),
     (r"JobHeldAdmin|SPECIAL_EXIT|RESV_DEL_HOLD", "held by the site's operators: ask them, or flctl skip {site}"),
     (r"JobHeldUser|REQUEUE_HOLD", "held for you: scontrol release {id} there, or flctl skip {site}"),
     (r"held \([a-z]*[so][a-z]*\)", "held by the site's operators: ask them, or flctl skip {site}"),
@@ -107,6 +107,10 @@ def _pbs(reason: str, over: bool) -> Cause:
     if found is None:
         return Cause.REFUSED if "depended on" in reason else Cause.CANCELLED_BY_OTHER  # never started
     status = int(found[1])
+    if re.search(r"terminated by \S", reason):  # as PBS's comment says of a qdel, and whose it was
+        return Cause.CANCELLED_BY_OTHER
+    if "exceeded resource walltime" in reason:
+        return Cause.TIME
     if status < 0:
         return UNDER_ZERO.get(status, Cause.INFRASTRUCTURE)
     if status in (256 + 15, SIGTERM_STATUS):

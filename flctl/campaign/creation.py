@@ -1,5 +1,6 @@
 """Owns the making of a campaign folder."""
 
+import json
 import os
 import re
 import shutil
@@ -160,13 +161,20 @@ def adopt_model(source: Path, target: Path) -> None:
 
 
 def toml_lines(table: Mapping[str, object]) -> str:
-    return "\n".join(f"{key} = {_toml(value)}" for key, value in table.items())
+    """Keys and values, of printable text, as TOML: whatever they hold, they are nothing but these keys."""
+    return "\n".join(_pairs(table))
+
+
+def _pairs(table: Mapping[str, object]) -> list[str]:
+    return [f"{key if re.fullmatch(r'[A-Za-z0-9_-]+', key) else _toml(key)} = {_toml(table[key])}" for key in table]
 
 
 def _toml(value: object) -> str:
-    if isinstance(value, bool):
-        return "true" if value else "false"
-    return f'"{value}"' if isinstance(value, str) else repr(value)
+    if isinstance(value, bool | str):
+        return json.dumps(value, ensure_ascii=False)  # of printable text, JSON's words and TOML's are the same
+    if isinstance(value, Mapping):
+        return f"{{{', '.join(_pairs(value))}}}"
+    return f"[{', '.join(map(_toml, value))}]" if isinstance(value, list | tuple) else repr(value)
 
 
 def unfilled(workspace: Workspace) -> dict[str, list[str]]:

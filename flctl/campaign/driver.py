@@ -77,13 +77,23 @@ def begin(session: "Session") -> Seen:
     faults.point("driver-said", site)
     seen = _seen(answers["driver"].stdout, answers["runs"].stdout)
     theirs = seen.driver
-    if theirs is not None and theirs.epoch >= mine.epoch and (theirs.epoch, theirs.host) != (mine.epoch, mine.host):
-        what = "another copy of this folder on this host" if theirs.host == mine.host else _who(theirs)
-        raise Locked(f"the campaign is driven from {what}", hint=TAKE_OVER, site=site)
+    _refuse_another(mine, theirs, site)
     if theirs is not None and theirs.epoch == mine.epoch and seen.serial >= serial:
         workspace.save_contact(site, replace(workspace.contact(site), serial=seen.serial + 1))
         workspace.journal.append("folder went back", site=site, serial=serial - 1, seen=seen.serial)
     return seen
+
+
+def check(session: "Session") -> None:
+    """Locked if a site says that another host drives the campaign, or another copy of its folder; nothing is changed
+    there."""
+    _refuse_another(ours(session.workspace), look(session).driver, session.site.name)
+
+
+def _refuse_another(mine: Driver, theirs: Driver | None, site: str) -> None:
+    if theirs is not None and theirs.epoch >= mine.epoch and (theirs.epoch, theirs.host) != (mine.epoch, mine.host):
+        what = "another copy of this folder on this host" if theirs.host == mine.host else _who(theirs)
+        raise Locked(f"the campaign is driven from {what}", hint=TAKE_OVER, site=site)
 
 
 def look(session: "Session") -> Seen:
@@ -155,7 +165,7 @@ def _seen(record: str, names: str) -> Seen:
         data = json.loads(record)
         host, epoch, serial = data["host"], data["epoch"], data["serial"]
         since = float(data["since"])
-        if not (HOST.fullmatch(host) and 0 < epoch < 10**9 and 0 <= serial < 10**9):
+        if not (HOST.fullmatch(host) and 0 < epoch < 10**9 and 0 <= serial < 10**9 and 0 <= since < 1e11):
             raise ValueError("no record of a driver")
         driver = Driver(host=host, name=printable(str(data["name"]), 60), epoch=int(epoch), since=since)
     except (ValueError, KeyError, TypeError, RecursionError):
@@ -164,4 +174,5 @@ def _seen(record: str, names: str) -> Seen:
 
 
 def _who(driver: Driver) -> str:
-    return f"{driver.name} since {time.strftime('%Y-%m-%d %H:%M', time.localtime(driver.since))}"
+    since = min(max(0.0, driver.since), 1 << 33)
+    return f"{driver.name} since {time.strftime('%Y-%m-%d %H:%M', time.localtime(since))}"

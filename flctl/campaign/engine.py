@@ -110,6 +110,7 @@ class Engine:
         """Step after step until every open run of the site has to wait."""
         site = session.site.name
         looked = False
+        self._tell_late(session)
         while True:
             self.check_stop()
             runs = [run for run in self.workspace.runs(site) if run.open and not contacts.is_held(run.held)]
@@ -128,6 +129,13 @@ class Engine:
             after = self._step(session, ready, configuration)
             self.record(ready, after)
             looked = looked or after.stage == Stage.QUEUED
+
+    def _tell_late(self, session: Session) -> None:
+        """End at the site what was given up while it could not be told to."""
+        for run in self.workspace.runs(session.site.name):
+            if run.stage == Stage.FAILED and run.job.ending:
+                steps.cancel(session, run)
+                self.workspace.save_run(replace(run, job=replace(run.job, ending="")))
 
     def _followed(self, session: Session, configuration: Configuration, run: Run) -> Run:
         stays = self.stays or self.access.is_kept(run.site)
@@ -193,7 +201,8 @@ class Engine:
         return contacts.is_due(self.workspace.contact(site), self.open_runs(site), time.time())
 
     def open_runs(self, site: str) -> list[Run]:
-        return [run for run in self.workspace.runs(site) if run.open]
+        """Those that something may be done for: not what waits for a model that is not made yet."""
+        return [run for run in self.workspace.runs(site) if run.open and self.workspace.has_model(run.order.base)]
 
     def _note_contact(self, profile: Site, began: float) -> None:
         """The site was reached: when it is next looked at depends on its jobs and on what a login costs."""
@@ -282,7 +291,9 @@ class Engine:
         return [site for site in self.sites_with_open_runs() if self._is_due(site)]
 
     def sites_with_open_runs(self) -> list[str]:
-        return sorted({run.site for run in self.workspace.runs() if run.open})
+        return sorted(
+            {run.site for run in self.workspace.runs() if run.open and self.workspace.has_model(run.order.base)}
+        )
 
     def check_stop(self) -> None:
         if self.stop.is_set():

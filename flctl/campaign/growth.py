@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from flctl import faults
-from flctl.campaign import shipped
+from flctl.campaign import adoption, driver, shipped
 from flctl.campaign.chain import KEPT
 from flctl.campaign.collected import NAME, collected_on, note_collected
 from flctl.campaign.config import load_profile
@@ -30,6 +30,8 @@ KEEP = 2
 """Newest versions that stay whole: the one that the next round starts from, and the one to go back to."""
 AT_ONCE = 100
 """Folders that one program at a site looks at, or removes."""
+PARTS = ("out", "checkpoint", "reserve")
+"""What of a closed run's folder at a site is no record; the last one only a job that was killed leaves."""
 PATIENCE = 600.0
 """Seconds for that."""
 MODEL = re.compile(r"(\d{4,})(?:-state)?")
@@ -58,7 +60,9 @@ class Collected:
 
 
 def collect_home(workspace: Workspace, keep: int, *, dry: bool) -> list[Item]:
-    """The home's part, under the campaign's lock: nobody decides meanwhile, and nobody verifies."""
+    """The home's part, under the campaign's lock: nobody decides meanwhile, and nobody verifies. Locked on a host that
+    does not drive the campaign."""
+    driver.ours(workspace)
     with workspace.lock_campaign(), lock(workspace.root / "verify.lock", "verification", LOCK_PATIENCE):
         return [_taken(workspace, folder, paths, dry=dry) for folder, paths in _doomed_here(workspace, keep)]
 
@@ -103,6 +107,10 @@ def collect_at(engine: Engine, name: str, keep: int, *, dry: bool) -> list[Item]
     """A site's part, under its lock: nothing is delivered there meanwhile."""
     with engine.workspace.lock_site(name) as lock:
         session = engine.access.session(load_profile(engine.workspace, name), lock, equip=False)
+        if dry:
+            driver.check(session)
+        else:  # what this folder does not know, as it was put back from a backup, is no room to be made
+            adoption.reconcile(session, driver.begin(session))
         paths = _doomed_there(session, needed(engine.workspace, keep))
         items: list[Item] = []
         for begin in range(0, len(paths), AT_ONCE):
@@ -120,7 +128,7 @@ def _doomed_there(session: Session, wanted: Needed) -> list[str]:
 
     def old_model(name: str) -> bool:
         if match := MODEL.fullmatch(name):
-            return name not in wanted.models and int(match[1]) < min(wanted.kept)
+            return name not in wanted.models and int(match[1]) < wanted.from_version
         match = CONTRIBUTION.fullmatch(name)
         run = fetched.get((match[1], int(match[2]))) if match else None
         return run is not None and name not in wanted.models and not wanted.lives(run.site, run.number)
@@ -137,7 +145,7 @@ def _doomed_there(session: Session, wanted: Needed) -> list[str]:
     doomed += [f"payload/{name}" for name in names["payload"] if _goes(name, lambda n: _is_old(n, payloads))]
     for name in names["runs"]:
         if closed(name):
-            doomed += [f"runs/{name}/{part}" for part in ("out", "checkpoint", ".gone.out", ".gone.checkpoint")]
+            doomed += [f"runs/{name}/{gone}{part}" for gone in ("", ".gone.") for part in PARTS]
         elif not ATTEMPT.fullmatch(name) and _goes(name, closed):
             doomed.append(f"runs/{name}")
     return doomed

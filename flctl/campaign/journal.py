@@ -1,7 +1,6 @@
 """Owns journal.jsonl: the history, append-only, each line chained to the one before by its sha256."""
 
 import errno
-import fcntl
 import json
 import os
 import re
@@ -14,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from flctl import faults
-from flctl.durable import fsync_folder
+from flctl.durable import fsync_folder, lock
 from flctl.errors import BudgetRefused, ConfigurationError, FlctlError
 
 START = "0" * 64
@@ -56,7 +55,7 @@ class Journal:
         is_new = not self.path.exists()
         descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
         with os.fdopen(descriptor, "r+b", buffering=0) as file:
-            fcntl.flock(file, fcntl.LOCK_EX)
+            lock(descriptor)
             last = _last_line(file)
             sequence = _sequence(last, file) + 1
             previous = sha256(last).hexdigest() if last else START
@@ -83,8 +82,10 @@ class Journal:
         with self.path.open("rb") as file:
             for line in file:
                 if line.endswith(b"\n"):
-                    with suppress(ValueError):
-                        yield json.loads(line)
+                    with suppress(ValueError, RecursionError):
+                        entry = json.loads(line)
+                        if isinstance(entry, dict):
+                            yield entry
 
     def damage(self) -> tuple[Damage, ...]:
         """Every line that is not as it was written, by its own checksum, and by the hash of it in the line after it. A
@@ -150,10 +151,9 @@ def _agrees(line: bytes) -> bool:
 
 def _is_json(line: bytes) -> bool:
     try:
-        json.loads(line)
-    except ValueError:
+        return isinstance(json.loads(line), dict)
+    except (ValueError, RecursionError):
         return False
-    return True
 
 
 def _disowned(lines: list[bytes], hashes: list[str], number: int) -> bool:

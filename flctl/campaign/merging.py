@@ -33,8 +33,10 @@ def merge_model(
 ) -> list[str]:
     """Make `models/<version>` of the runs a policy chose. Until the rename there is no such version; a draft left by an
     interruption is made anew. Returns what the gates warn of."""
+    from flctl.model.manifest import check_plain
     from flctl.model.merge import merge as stream
 
+    check_plain(workspace.model_folder(merge.base))
     given = contributions_of(workspace, merge)
     sources = sources_of(workspace, merge.base, given)
     settings = {**settings_of(configuration), "privacy": privacy_settings(workspace, merge.base, configuration)}

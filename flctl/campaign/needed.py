@@ -14,9 +14,12 @@ Contributed = tuple[str, int, int]
 class Needed:
     """`versions`: models whose files stay at home. `models`: names of models (also rules' states, contributions) that
     runs under way read, at home and at sites; `kept`: the newest versions, by number. `contributions`: what was fetched
-    and stays. `alive`: runs that are under way, may be tried again, or still wait to be merged."""
+    and stays. `from_version`: the oldest version that sites keep, at least what the newest one was made from: that one
+    may not have come to any site yet, and a lost home begins anew from what they have. `alive`: runs that are under
+    way, may be tried again, or still wait to be merged."""
 
     kept: frozenset[int]
+    from_version: int
     versions: set[int] = field(default_factory=set)
     models: set[str] = field(default_factory=set)
     contributions: set[Contributed] = field(default_factory=set)
@@ -37,7 +40,8 @@ def needed(workspace: Workspace, keep: int) -> Needed:
         for run in workspace.runs()
         if run.open or (run.site, run.number) in retried or (run.stage == Stage.FETCHED and run.order.round > newest)
     )
-    found = Needed(kept=kept, versions={0, *kept}, alive=alive)
+    bases = {parent["version"] for parent in workspace.model_record(newest).get("parents", [])}
+    found = Needed(kept=kept, from_version=min(kept | bases), versions={0, *kept}, alive=alive)
     for version in sorted(kept):
         record = workspace.model_record(version)
         found.versions |= {parent["version"] for parent in record.get("parents", [])}

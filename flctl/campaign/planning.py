@@ -221,11 +221,13 @@ def _end(engine: Engine, run: Run, why: str, *, skipped: bool = False) -> Run:
                 workspace.save_run(run)
                 faults.point("ending-recorded", run.site)
             steps.cancel(engine.access.session(load_profile(workspace, run.site), lock), run)
+            run = replace(run, job=replace(run.job, ending=""))
         return _closed(engine, run, why, skipped=skipped)
 
 
 def _close(engine: Engine, run: Run, why: str, *, skipped: bool) -> Run:
-    """Close the run in the records alone."""
+    """Close the run in the records alone; its site is told with the next contact (engine.py), or before the next
+    attempt is delivered there."""
     with engine.workspace.lock_site(run.site):
         return _closed(engine, engine.workspace.run(run.site, run.number), why, skipped=skipped)
 

@@ -112,7 +112,7 @@ def proceed(
     by = {"site": run.site, "number": run.number, **{key: metrics.get(key) for key in ("flctl", "torch")}}
     by["records"] = chain.records_of(workspace, run)
     facts = {**settings_of(configuration), "privacy": None, "gates": seen, "made_by": by}
-    publish(workspace, merge, given, made, seconds=float(metrics.get("seconds", 0)), **facts)
+    publish(workspace, merge, given, made, seconds=_seconds(metrics), **facts)
     return None
 
 
@@ -160,6 +160,12 @@ def _coefficients(run: Run, metrics: Mapping[str, Any]) -> dict[tuple[str, int],
             "the merge did not say what each contribution counted", hint=f"flctl retry {run.site}", site=run.site
         )
     return {(part.site, part.number): float(value) for part, value in told.items()}
+
+
+def _seconds(metrics: Mapping[str, Any]) -> float:
+    """What the merge took, as the site says; 0 where it says something else."""
+    told = metrics.get("seconds")
+    return float(told) if isinstance(told, int | float) else 0.0
 
 
 def _link(source: Path, target: Path) -> None:

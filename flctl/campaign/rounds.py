@@ -70,6 +70,8 @@ def drive(engine: Engine, plan: Plan, *, wait: float | None, pause: Callable[[fl
         if decision is not None and decision.done:
             return _finished(workspace, plan)
         waiting = [run for run in workspace.runs() if run.open]
+        # What waits for a model that is not made yet moves nothing by itself (a folder that was put back knows such).
+        waiting = [run for run in waiting if workspace.has_model(run.order.base)]
         if decision is not None and not any(not _stuck(run, workspace.contact(run.site)) for run in waiting):
             return Outcome(done=False, errors=_explain(engine, decision))
         if deadline is not None and time.monotonic() >= deadline:

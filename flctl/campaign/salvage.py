@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from flctl.campaign import adoption, driver
+from flctl.campaign import adoption, driver, mending
 from flctl.campaign.config import load_profile
 from flctl.campaign.creation import LABEL, frame
 from flctl.campaign.session import Session
@@ -51,19 +51,24 @@ def new_folder(folder: Path, label: str, profiles: dict[str, str], seed: int) ->
     return frame(folder, name=match[1], id_=match[2], profiles=profiles, seed=seed)
 
 
-def adopt(engine: "Engine", *, takeover: bool) -> Adopted:
-    """Take back what the sites know and this folder does not. `takeover`: this host becomes the campaign's driver."""
+def adopt(engine: "Engine", *, takeover: bool, is_new: bool = False) -> Adopted:
+    """Take back what the sites know and this folder does not. `takeover`: this host becomes the campaign's driver;
+    `is_new`: the folder was made for this, nobody has written its flctl.toml."""
     workspace, found = engine.workspace, Adopted()
-    if not takeover:
-        driver.ours(workspace)
     names = list(workspace.profiles)
     with workspace.lock_campaign():
-        found.aside = adoption.set_aside(workspace)
+        found.aside = mending.set_driver_aside(workspace)
+        if not takeover:
+            driver.ours(workspace)
+        found.aside += mending.set_aside(workspace)
         seen = _each(engine, names, driver.look, found, equip=False)
         if takeover:
             found.epoch = driver.take_over(workspace, list(seen.values())).epoch
         if not workspace.models():
-            _bring_model(engine, seen, found)
+            _bring_model(engine, seen, found, is_new=is_new)
+        elif any(_each(engine, seen, mending.cannot_follow, found, equip=False).values()):
+            _bring_newer_model(engine, seen, found)
+        found.aside += mending.set_overtaken_aside(workspace)
         before = workspace.runs()
         _each(engine, seen, lambda session: None, found, equip=True)
         found.runs = [run for run in workspace.runs() if run not in before]
@@ -87,10 +92,31 @@ def _each(
     return done
 
 
-def _bring_model(engine: "Engine", seen: dict[str, driver.Seen], found: Adopted) -> None:
-    """The newest version that a site holds whole, and flctl.toml as far as the orders tell it. ConfigurationError if
-    there is none."""
+def _bring_model(engine: "Engine", seen: dict[str, driver.Seen], found: Adopted, *, is_new: bool) -> None:
+    """The newest version that a site holds whole, and flctl.toml of a new folder as far as the orders tell it.
+    ConfigurationError if there is none."""
     workspace = engine.workspace
+    orders = _orders(engine, seen, found)
+    _bring_newest(engine, seen, found, adoption.bases(orders))
+    if not found.model:
+        raise ConfigurationError(
+            f"no site has a whole model of {workspace.label}, so there is nothing to go on from",
+            hint=f"put a copy of the campaign's models/NNNN into {workspace.root / 'models'}, then flctl adopt again"
+            + "".join(f"; {name}: {error.message}" for name, error in found.unasked),
+        )
+    if is_new:
+        _fill_in(workspace, orders)
+
+
+def _bring_newer_model(engine: "Engine", seen: dict[str, driver.Seen], found: Adopted) -> None:
+    """The newest version that a site holds whole and this folder has not reached, if there is one."""
+    newest = engine.workspace.newest_model().version
+    known = adoption.bases(_orders(engine, seen, found))
+    _bring_newest(engine, seen, found, {version: what for version, what in known.items() if version > newest})
+
+
+def _orders(engine: "Engine", seen: dict[str, driver.Seen], found: Adopted) -> list[tuple[str, dict[str, Any]]]:
+    """(site, order) of every run at the sites."""
     orders: list[tuple[str, dict[str, Any]]] = []
 
     def read(session: Session) -> None:
@@ -98,8 +124,15 @@ def _bring_model(engine: "Engine", seen: dict[str, driver.Seen], found: Adopted)
         orders.extend((name, there.order) for there in adoption.whats_there(session, seen[name].attempts))
 
     _each(engine, seen, read, found, equip=False)
-    _fill_in(workspace, orders)
-    for version, (digest, steps) in adoption.bases(orders).items():
+    return orders
+
+
+def _bring_newest(
+    engine: "Engine", seen: dict[str, driver.Seen], found: Adopted, known: dict[int, tuple[str, int]]
+) -> None:
+    """The first of these versions (with sha256 and steps) that a site holds whole."""
+    workspace = engine.workspace
+    for version, (digest, steps) in known.items():
 
         def bring(session: Session, wanted: tuple[int, str, int] = (version, digest, steps)) -> None:
             if not workspace.has_model(wanted[0]) and adoption.bring_model(session, *wanted):
@@ -108,28 +141,39 @@ def _bring_model(engine: "Engine", seen: dict[str, driver.Seen], found: Adopted)
         _each(engine, seen, bring, found, equip=False)
         if found.model:
             return
-    raise ConfigurationError(
-        f"no site has a whole model of {workspace.label}, so there is nothing to go on from",
-        hint=f"put a copy of the campaign's models/NNNN into {workspace.root / 'models'}, then flctl adopt again"
-        + "".join(f"; {name}: {error.message}" for name, error in found.unasked),
-    )
 
 
 def _fill_in(workspace: Workspace, orders: list[tuple[str, dict[str, Any]]]) -> None:
     """[train] as the newest orders have it, but for what a site's own profile says, and cross-evaluation."""
-    from flctl.campaign.creation import toml_lines
+    from flctl.campaign.creation import TRAIN, toml_lines
 
     train: dict[str, Any] = {}
-    for name, order in sorted(orders, key=lambda item: int(item[1].get("round", 0))):
+    names = {work: {name for name, order in orders if order.get("work") == work} for work in ("train", "evaluate")}
+    for name, order in sorted(orders, key=lambda item: _whole(item[1].get("round"))):
         if order.get("work") == "train" and isinstance(order.get("train"), dict):
             own = load_profile(workspace, name).train
-            train |= {key: value for key, value in order["train"].items() if key not in own}
-            train["steps"] = order.get("steps", train.get("steps"))
+            train |= {key: value for key, value in order["train"].items() if key not in own and _fit([key, value])}
+            train["steps"] = _whole(order.get("steps")) or train.get("steps", TRAIN["steps"])
     path = workspace.root / "flctl.toml"
     text = path.read_text(encoding="utf-8")
     head, tail = text.split("[train]", 1)
     rest = tail[tail.index("\n[evaluation]") :]
-    if any(order.get("work") == "evaluate" for _, order in orders):
+    # Each site evaluates then. One alone could have written such orders, to be sent what the others contributed.
+    if names["evaluate"] and names["evaluate"] >= names["train"]:
         rest = rest.replace("cross = false", "cross = true")
     note = tail.split("\n", 1)[0]
     write_atomic(path, f"{head}[train]{note}\n{toml_lines(train)}\n{rest}".encode())
+
+
+def _whole(value: object) -> int:
+    """A whole number that a site wrote; 0 if it is none."""
+    return value if type(value) is int and value > 0 else 0
+
+
+def _fit(value: object) -> bool:
+    """Whether flctl.toml may hold what a site wrote: numbers and printable text, alone or in tables and lists."""
+    if isinstance(value, dict):
+        return all(_fit([key, item]) for key, item in value.items())
+    if isinstance(value, list):
+        return all(map(_fit, value))
+    return value.isprintable() if isinstance(value, str) else isinstance(value, bool | int | float)

@@ -15,9 +15,10 @@ from flctl.errors import ConfigurationError, TransferFailed
 from flctl.facility import scratch
 from flctl.facility.connection import Connection
 from flctl.facility.profile import Site
+from flctl.facility.rsync import refusal
 from flctl.facility.scheduler import Scheduler, scheduler_of
 from flctl.facility.shell import Answer, Program, quote
-from flctl.records import FileEntry
+from flctl.records import FileEntry, Stage
 from flctl.words import printable
 
 VARIABLE = re.compile(r"\$(?:\{([A-Za-z_]\w*)\}|([A-Za-z_]\w*))")
@@ -29,6 +30,14 @@ Place = tuple[Path, Sequence[FileEntry], PurePosixPath]
 
 Report = Callable[[str, int, int], None]
 """What is being moved, bytes so far, bytes in all."""
+
+
+class Differs(TransferFailed):
+    """A file came, and is not what its record says: `entry`."""
+
+    def __init__(self, message: str, *, hint: str, site: str, entry: FileEntry) -> None:
+        super().__init__(message, hint=hint, site=site)
+        self.entry = entry
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -110,7 +119,7 @@ class Session:
             if not _same(source / entry.path, entry):
                 raise ConfigurationError(
                     f"{source / entry.path} is missing, or is not what it was when it was recorded",
-                    hint=f"restore {source} from a backup, or take it from a site that has it",
+                    hint=f"flctl adopt makes the newest model again; else restore {source} from a backup",
                 )
         part = target.parent / f".{target.name}.part"
         total = sum(entry.size for entry in files)
@@ -143,16 +152,8 @@ class Session:
         faults.point("pushed", self._named(target))
         answer = self.ask({"place": command}, timeout=60 + total / HASHING_RATE)["place"]
         if answer.status != 0:
-            raise TransferFailed(
-                f"{target} could not be put in place: "
-                + (
-                    "a file's sha256 differs there"
-                    if answer.status == 46
-                    else printable(answer.stderr) or "unknown reason"
-                ),
-                hint="it is pushed again at the next contact; see the site's free space and quota",
-                site=self.site.name,
-            )
+            words = "a file's sha256 differs there" if answer.status == 46 else answer.stderr or "unknown reason"
+            raise refusal(self.site, words, f"{target} could not be put in place", ours=False)
         faults.point("placed", self._named(target))
 
     def bring(self, source: PurePosixPath, files: Sequence[FileEntry], target: Path) -> None:
@@ -173,10 +174,11 @@ class Session:
             path = target / entry.path
             if not _same(path, entry):
                 path.unlink(missing_ok=True)
-                raise TransferFailed(
+                raise Differs(
                     f"{entry.path} of {source} did not arrive as the completion record says: its sha256 differs",
                     hint="it is fetched again at the next contact",
                     site=self.site.name,
+                    entry=entry,
                 )
         fsync_folders(target)
         faults.point("brought", str(source.relative_to(self.root)))
@@ -225,7 +227,9 @@ def open_session(workspace: Workspace, site: Site, connection: Connection, repor
     if contact.resolved != asked:
         work, data = resolve(connection, site, asked)
         workdir = f"{work}/{workspace.label}"
-        if contact.workdir not in (None, workdir) and any(run.open for run in workspace.runs(site.name)):
+        if contact.workdir not in (None, workdir) and any(
+            run.open and run.stage != Stage.ORDERED for run in workspace.runs(site.name)
+        ):
             raise ConfigurationError(
                 f"sites/{site.name}.toml: storage.work changed while a run is under way in {contact.workdir}",
                 hint=f"put it back until the run has ended, or flctl cancel {site.name} before you change it",

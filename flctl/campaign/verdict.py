@@ -15,7 +15,7 @@ from typing import Any
 
 from flctl.campaign.causes import cause_of, cause_with_record, is_over, unexplained
 from flctl.campaign.testimony import numbers_only
-from flctl.facility.scheduler import Activity, Seen
+from flctl.facility.scheduler import UNNAMED, Activity, Seen
 from flctl.records import Cause, Contribution, Failure, FileEntry, Held, Job, Run, Stage, Work
 
 RECORD_SCHEMA = 1
@@ -24,7 +24,9 @@ SKEW = 300.0
 (its credentials live for so long)."""
 LAUNCHING = 2.0
 """Seconds by which a job's first line may seem to come before its start, by clocks that differ a little."""
-NOT_LAUNCHED = re.compile(r"launch failed requeued held|JobLaunchFailure")
+NOT_LAUNCHED = re.compile(
+    r"launch failed requeued held|user ?env retrieval failed,? requeued held|JobLaunchFailure|JobHoldMaxRequeue", re.I
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -96,12 +98,17 @@ def _alive(evidence: Evidence, job: Job, seen: Seen, *, now: float, absence: flo
     """The job waits or runs, or waits for what will never be: a job that started once finds the attempt taken, should
     the scheduler start it again (a requeue), and one that could not be launched may be half there."""
     waits, started = seen.activity == Activity.WAITING, evidence.owner is not None
-    again_since = (job.again_at or now) if waits and (started or NOT_LAUNCHED.search(seen.reason)) else None
+    again_since = _first(job.again_at, now) if waits and (started or NOT_LAUNCHED.search(seen.reason)) else None
     never = seen.never if waits and not started else ""
-    never_since = (job.never_at or now) if never else None
+    never_since = _first(job.never_at, now) if never else None
     job = replace(job, absent_at=None, never=never, never_at=never_since, again_at=again_since)
     hopeless = any(since is not None and now - since >= absence for since in (again_since, never_since))
     return Verdict(stage=Stage.QUEUED if waits and not started else Stage.RUNNING, job=job, revoke=hopeless)
+
+
+def _first(noted: float | None, now: float) -> float:
+    """When something was seen first; now, where what was noted is in the future: the clock was set back since."""
+    return now if noted is None or noted > now else noted
 
 
 def _gone(
@@ -109,14 +116,14 @@ def _gone(
 ) -> Verdict:
     """The listing succeeded and no live job of this attempt is in it."""
     stage = _owned_stage(run, evidence)
-    if job.absent_at is None:
+    if job.absent_at is None or job.absent_at > now:
         if seen is None and job.started_at is not None:
             job = replace(job, elapsed=max(job.elapsed or 0.0, now - job.started_at))
         return Verdict(stage=stage, job=replace(job, absent_at=now, never="", never_at=None, again_at=None))
     if now - job.absent_at < absence:
         return Verdict(stage=stage, job=job)
     never_seen = seen is None and evidence.owner is None
-    if never_seen and (evidence.claim_age is None or evidence.claim_age < window):
+    if never_seen and (evidence.claim_age is None or abs(evidence.claim_age) < window):  # clocks may be set back
         return Verdict(stage=stage, job=job)
     return Verdict(stage=stage, job=job, revoke=True)
 
@@ -139,7 +146,8 @@ def after_revoking(
     `full`: `said` is that the queue has no room."""
     site = run.site
     if job.ending:
-        return _failed(run, job, Cause.CANCELLED_BY_US, job.ending, hint=f"flctl retry {site} tries again")
+        told = replace(job, ending="")
+        return _failed(run, told, Cause.CANCELLED_BY_US, job.ending, hint=f"flctl retry {site} tries again")
     again = job.again_at is not None
     if done is not None and _is_ours(run, done) and not (again and _doubted(done)):
         return _sealed(run, job, done, base_sha256, final=True, fenced=fenced)
@@ -228,13 +236,23 @@ def _of_this_attempt(run: Run, evidence: Evidence) -> Seen | None:
     jobs = [
         seen
         for seen in evidence.seen or ()
-        if seen.name == run.job.token
+        if (seen.name == run.job.token or _is_unnamed(seen, run, evidence))
         and (not seen.cluster or not cluster or seen.cluster == cluster)
         and (seen.submitted_at is None or claimed is None or seen.submitted_at >= claimed - SKEW)
     ]
     owner_id = (evidence.owner or {}).get("job_id")
-    jobs.sort(key=lambda seen: (seen.id == owner_id, seen.activity != Activity.ENDED, seen.submitted_at or 0.0))
-    return jobs[-1] if jobs else None
+
+    def rank(seen: Seen) -> tuple[bool, bool, bool, float]:
+        lives = seen.activity != Activity.ENDED
+        return seen.name != UNNAMED, seen.id == owner_id, lives, seen.submitted_at or 0.0
+
+    return max(reversed(jobs), key=rank, default=None)
+
+
+def _is_unnamed(seen: Seen, run: Run, evidence: Evidence) -> bool:
+    """Whether it is our job, of which accounting knows all but the name: by its id and a submission after the claim."""
+    known = evidence.job_id or run.job.id
+    return seen.name == UNNAMED and seen.id == known and seen.submitted_at is not None
 
 
 def _known(job: Job, evidence: Evidence, seen: Seen | None) -> Job:

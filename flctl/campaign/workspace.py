@@ -4,6 +4,7 @@ import errno
 import fcntl
 import json
 import os
+import re
 import stat
 import time
 import tomllib
@@ -17,12 +18,15 @@ from flctl.codec import SCHEMA, from_data, sealed, to_data, unsealed
 from flctl.durable import fsync_folder, make_folder, read_plain, write_whole
 from flctl.errors import BudgetRefused, ConfigurationError, Locked
 from flctl.records import Contact, Driver, Model, Plan, Run
+from flctl.words import plain
 
 __all__ = ["Workspace", "fsync_folder", "lock", "read_toml", "write_atomic", "write_json"]
 
 Record = TypeVar("Record")
 
 LOCK_PATIENCE = 5.0
+PLAIN = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,127}")
+"""NAME-ID: a folder's name, never a way out of the folder that it is in."""
 RESTORE = "restore it from a backup of the campaign's folder, or rebuild the folder from the sites: flctl adopt --help"
 ROOM, ROOM_FILES = 1 << 20, 32
 """Bytes and files that must be free at home before anything is asked of a site: its records have to be written."""
@@ -40,6 +44,11 @@ class Workspace:
         if not self.name or not self.id:
             raise ConfigurationError(
                 f"{root / 'flctl.toml'}: [campaign] needs name and id", hint="flctl init writes both"
+            )
+        if not PLAIN.fullmatch(self.label):
+            raise ConfigurationError(
+                f"{root / 'flctl.toml'}: the campaign's folder at the sites cannot be called {self.label!r}",
+                hint="name and id are letters, digits, - and _, as flctl init writes them",
             )
 
     @classmethod
@@ -82,7 +91,13 @@ class Workspace:
 
     @property
     def profiles(self) -> dict[str, Path]:
-        return {path.stem: path for path in sorted((self.root / "sites").glob("*.toml"))}
+        paths = sorted((self.root / "sites").glob("[!.]*.toml"))  # an editor's own begin with a dot
+        found = {path.stem: path for path in paths}
+        if strange := next((name for name in found if not PLAIN.fullmatch(name)), None):
+            raise ConfigurationError(
+                f"{str(found[strange])!r} is no name of a site's profile", hint="rename it, or take it out of sites/"
+            )
+        return found
 
     def check_room(self) -> None:
         """BudgetRefused or ConfigurationError if records cannot be written: asked before what has effects at a site."""
@@ -149,7 +164,7 @@ class Workspace:
     def model_record(self, version: int) -> dict[str, Any]:
         """flctl.json of one model version, as data."""
         record = read_record(self.model_folder(version) / "flctl.json")
-        if not {"sha256", "files"} <= record.keys():
+        if not isinstance(record.get("sha256"), str) or not isinstance(record.get("files"), list):
             raise ConfigurationError(f"{self.model_folder(version) / 'flctl.json'} is damaged: it names no files")
         return record
 
@@ -239,10 +254,10 @@ def read_record(path: Path) -> dict[str, Any]:
         data = json.loads(read_plain(path))
     except OSError as error:
         raise ConfigurationError(f"{path}: {error.strerror}") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ConfigurationError(f"{path} is damaged: {error}", hint=RESTORE) from error
     try:
-        record = unsealed(data)
+        record: dict[str, Any] = _harmless(unsealed(data))
     except ValueError as error:
         raise ConfigurationError(f"{path} is damaged: {error}", hint=RESTORE) from error
     if record.get("schema", 1) not in range(1, SCHEMA + 1):
@@ -251,6 +266,15 @@ def read_record(path: Path) -> dict[str, Any]:
             hint="nothing was changed; go on with that flctl, or a newer one: pip install --upgrade flctl",
         )
     return record
+
+
+def _harmless(value: Any) -> Any:
+    """A record's data with harmless words: whoever made the folder may have written them."""
+    if isinstance(value, dict):
+        return {plain(key): _harmless(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_harmless(item) for item in value]
+    return plain(value) if isinstance(value, str) else value
 
 
 def _load(kind: type[Record], path: Path) -> Record:

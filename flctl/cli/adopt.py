@@ -47,20 +47,21 @@ def adopt(
     else:
         workspace, takeover = salvage.new_folder(folder, label, texts_of(sites), seed), True
     with moving(workspace, say, terminal=a_person()) as engine:
-        found = patiently(partial(salvage.adopt, engine, takeover=takeover), engine.stop)
+        found = patiently(partial(salvage.adopt, engine, takeover=takeover, is_new=folder is not None), engine.stop)
     for path in found.aside:
-        print(f"damaged, put aside: {path}")
+        print(f"{'damaged, ' if path.name.endswith('.damaged') else ''}put aside: {path}")
     for run in found.runs:
         work = "" if run.order.work == "train" else f" ({run.order.work})"
         print(f"{run.site}: run {run.number:04d}{work} of model {run.order.round:04d}: {run.stage}")
-    _print_new(found)
+    _print_new(found, is_new=folder is not None)
     for _, error in found.unasked:
         print_error(error)
-    print(f"the campaign is in {workspace.root}\n-> flctl status; then flctl round")
+    if not any(error.code == "locked" for _, error in found.unasked):
+        print(f"the campaign is in {workspace.root}\n-> flctl status; then flctl round")
     raise typer.Exit(exit_code_of([error.exit_code for _, error in found.unasked]))
 
 
-def _print_new(found: "Adopted") -> None:
+def _print_new(found: "Adopted", *, is_new: bool) -> None:
     from flctl.campaign.salvage import LOST
 
     if found.epoch:
@@ -69,5 +70,5 @@ def _print_new(found: "Adopted") -> None:
         model, site = found.model
         print(f"model {model.version:04d}  sha256 {model.sha256[:16]}  came from {site}")
         print("what no site can tell:")
-        for what in LOST:
+        for what in LOST if is_new else LOST[1:3]:
             print(f"  - {what}")

@@ -7,7 +7,7 @@ import typer
 
 from flctl.cli.bar import shown
 from flctl.cli.moving import find, heeding
-from flctl.cli.output import Grid, print_failures, print_json
+from flctl.cli.output import Grid, print_failures, print_json, say
 from flctl.codec import to_data
 from flctl.errors import AggregationRefused
 from flctl.records import Failure
@@ -79,13 +79,13 @@ def _print(found: "Audit", by_model: bool) -> None:
     for site in found.logins:
         came = sum(row.bytes for row in found.crossings if (row.site, row.direction) == (site, "in"))
         went = sum(row.bytes for row in found.crossings if (row.site, row.direction) == (site, "out"))
-        print(f"{site}: {went:,} bytes there, {came:,} bytes back, logins: {found.logins[site]}")
+        say(f"{site}: {went:,} bytes there, {came:,} bytes back, logins: {found.logins[site]}")
     for note in found.notes:
-        print(note)
+        say(note)
     if found.collected:
         print(f"collected by gc, records kept: models {', '.join(f'{version:04d}' for version in found.collected)}")
     for difference in found.differences[:SHOWN]:
-        print(f"{difference.file}{_round(difference)}: {difference.what}")
+        say(f"{difference.file}{_round(difference)}: {difference.what}")
     if len(found.differences) > SHOWN:
         print(f"... and {len(found.differences) - SHOWN} more")
     looked = f"{found.models} models, {found.lines} lines of the journal, {found.files} files, {found.bytes:,} bytes"

@@ -75,6 +75,9 @@ def cron(
     workspace = find(context.obj)
     called = Path(sys.argv[0]).resolve()
     program = [str(called)] if os.access(called, os.X_OK) else [sys.executable, "-m", "flctl.cli.main"]
+    # Which codes and logins were used is kept there: a tick that looked elsewhere would know nothing of ours.
+    if (state := os.environ.get("XDG_STATE_HOME", "")).startswith("/"):
+        program = ["/usr/bin/env", f"XDG_STATE_HOME={state}", *program]
     print(f"# crontab -e\n{crontab_line(program, workspace.root, minutes)}")
     for name, text in systemd_units(program, workspace.root, workspace.label, minutes).items():
         print(f"\n# ~/.config/systemd/user/{name}\n{text}", end="")

@@ -49,7 +49,8 @@ def cancel(context: typer.Context, site: Site = None) -> None:
     workspace = find(context.obj)
     targets = planning.open_targets(workspace, site)
     if site is None:
-        planning.end_plan(workspace)  # first, or a tick could order the next round meanwhile
+        planning.end_plan(workspace)
+        targets = planning.open_targets(workspace, site)  # a tick may have ordered the next round meanwhile
     troubles: list[FlctlError] = []
     with moving(workspace) as engine:
         for run in targets:

@@ -3,9 +3,9 @@
 import re
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Annotated, TextIO
+from typing import TYPE_CHECKING, Annotated, Any, TextIO
 
 import typer
 
@@ -147,6 +147,14 @@ def _moving(now: object) -> str:
     return f"{what}  {moved / 1e6:.0f} of {total / 1e6:.0f} MB, {rate:.1f} MB/s"
 
 
+def _score(metrics: Mapping[str, Any], name: str) -> float | None:
+    """A perplexity in the metrics of a trainer, which may be of any shape; None where there is none."""
+    table = metrics.get("evaluation")
+    row = table.get(name) if isinstance(table, dict) else None
+    value = row.get("perplexity") if isinstance(row, dict) else None
+    return float(value) if isinstance(value, int | float) else None
+
+
 def _print_end(workspace: Workspace, outcome: "Outcome", first: int) -> None:
     """The models made and each site's perplexities; then what went wrong."""
     from flctl.campaign.gates import warnings_of
@@ -156,8 +164,7 @@ def _print_end(workspace: Workspace, outcome: "Outcome", first: int) -> None:
     grid = Grid(("for model", "site", "steps", "samples", "perplexity of the base", "after training there"))
     for run in workspace.runs():
         if run.contribution is not None and run.order.round > first and run.order.work == "train":
-            scores = run.contribution.metrics.get("evaluation", {})
-            base, trained = (scores.get(key, {}).get("perplexity") for key in ("base", "trained"))
+            base, trained = (_score(run.contribution.metrics, key) for key in ("base", "trained"))
             given = run.contribution
             grid.add(
                 f"{run.order.round:04d}", run.site, str(given.steps), str(given.samples), number(base), number(trained)

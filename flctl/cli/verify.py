@@ -8,7 +8,7 @@ import typer
 
 from flctl.cli.bar import shown
 from flctl.cli.moving import find, heeding
-from flctl.cli.output import print_failures, print_json
+from flctl.cli.output import print_failures, print_json, say
 from flctl.errors import AggregationRefused, UsageError
 from flctl.records import Failure
 
@@ -77,7 +77,7 @@ def _print(found: "Rebuilt") -> None:
     )
     for what, places in wrong:
         for place in places[:SHOWN]:
-            print(f"{place}: {what}")
+            say(f"{place}: {what}")
         if len(places) > SHOWN:
             print(f"... and {len(places) - SHOWN} more")
     if found.agrees:

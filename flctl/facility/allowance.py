@@ -4,7 +4,7 @@ spread over it, and when none may be tried because of how the last ones ended; f
 import json
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -22,6 +22,8 @@ KEPT = 3 * DAY
 """Seconds for which a login is remembered: a clock that jumps by a day and back must not make us forget a day."""
 COOLDOWN_MOST = 4 * HOUR
 """Seconds of the longest cool-down after logins that were refused before anything was asked."""
+NO_MOMENT = 1e11
+"""Unix seconds of no clock; what is as large, or no number, was not written by us."""
 SKEW_NOTED = 10.0
 """Seconds between two clocks that are worth a warning."""
 
@@ -295,8 +297,8 @@ def _name(place: Place) -> str:
 @contextmanager
 def _hosts(now: float | None = None, *, write: bool = True) -> Iterator[tuple[dict[str, Host], float]]:
     """What is remembered, for this process and thread alone, and the present moment; written back at the end, even if
-    that is an error: what a clock that was set back made of it stays."""
-    with ledger.locked("logins") as path:
+    that is an error: what a clock that was set back made of it stays. Who only looks waits for nobody."""
+    with ledger.locked("logins") if write else nullcontext(ledger.state_folder() / "logins.json") as path:
         # Asked only now: whoever had the lock before us logged in before this moment.
         moment = time.time() if now is None else now
         hosts = _read(path)
@@ -310,12 +312,10 @@ def _hosts(now: float | None = None, *, write: bool = True) -> Iterator[tuple[di
 
 
 def _read(path: Path) -> dict[str, Host]:
+    text = ledger.text_of(path)
     try:
-        entries = json.loads(path.read_text(encoding="ascii"))
-        return {str(name): _host(entry) for name, entry in entries.items()}
-    except FileNotFoundError:
-        return {}
-    except (ValueError, TypeError, AttributeError):
+        return {str(name): _host(entry) for name, entry in json.loads(text).items()} if text is not None else {}
+    except (ValueError, TypeError, AttributeError, RecursionError):
         raise ConfigurationError(
             f"{path}, which keeps when the last logins were, cannot be understood",
             hint=f"rm {path}",
@@ -332,4 +332,6 @@ def _host(entry: float | Mapping[str, object]) -> Host:
         if not isinstance(getattr(host, name), (int, float) if kind is float else kind):
             raise TypeError(name)
     host.tries = [float(at) for at in host.tries]
+    if not all(abs(moment) < NO_MOMENT for moment in (*host.tries, host.failed_at, host.since, host.until, host.skew)):
+        raise ValueError("no moment")
     return host

@@ -20,6 +20,9 @@ ASKING = ("keyboard-interactive", "password")
 STEPS_MOST = 4
 """Methods that one login may take one after the other."""
 
+SPARE = 5.0
+"""Seconds after which a step is ended that paramiko should have ended."""
+
 
 def authenticate(wire: Wire, site: Site, keys: list[paramiko.PKey], answers: Answers | None, witness: Witness) -> None:
     """Offer the keys, if the kind of login has any; then answer what the server asks."""
@@ -42,7 +45,8 @@ def _may_answer(site: Site) -> tuple[str, ...]:
 def _methods(wire: Wire, site: Site) -> list[str]:
     """What the server offers to one who has no key; empty if it lets anybody in."""
     try:
-        return list(wire.auth_none(site.login.user))
+        with wire.bounded(patience.AUTH + SPARE):
+            return list(wire.auth_none(site.login.user))
     except paramiko.BadAuthenticationType as error:
         return list(error.allowed_types)
     except (paramiko.SSHException, EOFError, OSError) as error:
@@ -51,16 +55,16 @@ def _methods(wire: Wire, site: Site) -> list[str]:
 
 def _offer_keys(wire: Wire, site: Site, keys: list[paramiko.PKey], witness: Witness) -> list[str]:
     """What the server wants besides the key: empty if it lets us in."""
-    began = time.monotonic()
     for key in keys:
+        began = _now()
         blob = key.public_blob or paramiko.pkey.PublicBlob(key.get_name(), key.asbytes())
         try:
-            further = list(wire.auth_publickey(site.login.user, key))
+            with wire.bounded(patience.AUTH + SPARE):
+                further = list(wire.auth_publickey(site.login.user, key))
             witness.note_offer(blob.key_type, blob.key_blob, accepted=True)
             return further
         except (paramiko.AuthenticationException, paramiko.SSHException, EOFError, OSError) as error:
-            refused = isinstance(error, paramiko.AuthenticationException) and wire.is_active()
-            if not (refused or wire.farewell) or time.monotonic() - began > patience.AUTH:
+            if not _is_refusal(wire, error, began, hung_up=bool(wire.farewell)):
                 raise unreachable(site, login_place(site), error) from error
             witness.note_offer(blob.key_type, blob.key_blob, accepted=False)
             if wire.farewell:
@@ -89,9 +93,10 @@ def _answer(wire: Wire, site: Site, answers: Answers, method: str) -> list[str]:
 
 
 def _tried(wire: Wire, site: Site, answers: Answers, attempt: Callable[[], list[str]]) -> list[str]:
-    began = time.monotonic()
+    began = _now()
     try:
-        return list(attempt())
+        with wire.bounded(patience.AUTH + SPARE):
+            return list(attempt())
     except Exception as error:
         if answers.refusal is not None:
             raise answers.refusal from None
@@ -99,10 +104,22 @@ def _tried(wire: Wire, site: Site, answers: Answers, attempt: Callable[[], list[
             raise
         refused = isinstance(error, paramiko.AuthenticationException) and wire.is_active()
         # Who hangs up on an answer has refused it, for all we know: to try again may lock the account.
-        heard = refused or wire.farewell or answers.given
-        if not heard or time.monotonic() - began > patience.AUTH:
+        if not _is_refusal(wire, error, began, hung_up=bool(wire.farewell or answers.given)):
             raise unreachable(site, login_place(site), error) from error
         raise _refused(site, answers, wire.farewell, "refused" if refused else "hung up on") from None
+
+
+def _now() -> tuple[float, float]:
+    return time.monotonic(), time.time()
+
+
+def _is_refusal(wire: Wire, error: Exception, began: tuple[float, float], *, hung_up: bool) -> bool:
+    """Whether the server said no, or hung up where that means no. Not after a long time, by either clock: this machine
+    may have slept, when the monotonic one stood still, and the server has given us up since."""
+    if isinstance(error, paramiko.AuthenticationException) and wire.is_active():
+        return "timeout" not in str(error)  # paramiko's word for a server that says nothing
+    waited = max(now - before for now, before in zip(_now(), began, strict=True))
+    return hung_up and waited <= patience.AUTH
 
 
 def _refused(site: Site, answers: Answers, farewell: str, what: str) -> LoginNeeded:

@@ -10,7 +10,7 @@ from typing import Literal
 from flctl.errors import CodeSpent, ConfigurationError, FlctlError, LoginNeeded
 from flctl.facility import allowance, fields, holding, ledger
 from flctl.facility.profile import Site, Totp
-from flctl.facility.references import read_reference
+from flctl.facility.references import read_reference, withhold
 from flctl.words import printable
 
 SHORTEST = 10
@@ -193,6 +193,7 @@ def secret_of(site: Site) -> Secret:
             "permission (where it says so) and secret",
             site=site.name,
         )
+    withhold(totp.secret, site.login.password.secret)
     try:
         return parse_secret(read_reference(totp.secret), totp)
     except ConfigurationError as error:
@@ -203,6 +204,7 @@ def password_of(site: Site) -> str:
     """The password that the site's profile refers to; empty where none is ever asked for."""
     if site.login.kind != "password+totp":
         return ""
+    withhold(site.login.totp.secret, site.login.password.secret)
     try:
         return read_reference(site.login.password.secret)
     except ConfigurationError as error:

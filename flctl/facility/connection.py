@@ -1,7 +1,6 @@
 """Owns the connection to a site: run a shell program there, move named files; over SSH, or on this machine."""
 
 import contextlib
-import shlex
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -110,7 +109,7 @@ class SshConnection:
     def push(self, source: Path, names: Sequence[str], target: PurePosixPath, progress: Progress | None = None) -> None:
         from flctl.facility import rsync, transfer
 
-        made = self.run(f"umask 077 && mkdir -p {shlex.quote(str(rsync.remote(self.site, target)))}")
+        made = self.run(transfer.landing(self.site, target))
         if made.status != 0:
             raise rsync.refusal(self.site, made.stderr, f"the folder {target} cannot be made there", ours=False)
         transfer.push(self._road(), source, names, target, progress)

@@ -1,6 +1,5 @@
 """Owns what can be seen of a site before anybody logs in: does its address lead to an SSH server, whose key is it."""
 
-import socket
 from pathlib import Path
 
 from flctl.errors import HostKeyRefused, SiteUnreachable
@@ -39,22 +38,21 @@ def _passed(checks: list[Check]) -> bool:
 
 
 def _meet(site: Site, place: Place, known_hosts: Path, whose: str) -> list[Check]:
-    from flctl.facility.login import shown_key
+    from flctl.facility.login import addresses, shown_key
 
     file, name = f"sites/{site.name}.toml", f"{whose}address"
     try:
-        found = socket.getaddrinfo(place.host, place.port, type=socket.SOCK_STREAM)
+        found = ", ".join(addresses(place))
     except OSError as error:
         fix = f"is the network up, is the host right in {file}?"
         detail = f"{place.host} does not resolve: {error.strerror or error}"
         return [Check(name=name, result="fail", detail=detail, fix=fix, exit_code=5)]
-    addresses = ", ".join(dict.fromkeys(str(entry[4][0]) for entry in found))
     try:
         shown = shown_key(site, place, known_hosts)
     except SiteUnreachable as error:
-        detail = f"{addresses}: {error.message}"
+        detail = f"{found}: {error.message}"
         return [Check(name=name, result="fail", detail=detail, fix=error.hint, exit_code=error.exit_code)]
-    resolved = "" if addresses == place.host else f" ({addresses})"
+    resolved = "" if found == place.host else f" ({found})"
     reached = Check(name=name, result="ok", detail=f"{place.host}{resolved}, port {place.port} answers")
     return [reached, _key(shown, site, place, known_hosts, f"{whose}{'key' if whose else 'host key'}")]
 

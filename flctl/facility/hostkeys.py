@@ -9,7 +9,6 @@ ports and markers.
 
 import base64
 import binascii
-import fcntl
 import hashlib
 import os
 import re
@@ -20,8 +19,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TextIO
 
-from flctl.durable import write_whole
-from flctl.errors import ConfigurationError, HostKeyRefused
+from flctl.durable import lock, write_whole
+from flctl.errors import ConfigurationError, HostKeyRefused, Locked
 from flctl.facility.hostcertificates import objection, signer
 from flctl.facility.openssh import Place, environment
 from flctl.facility.profile import Site
@@ -193,6 +192,10 @@ def _find(path: Path, name: str) -> tuple[Entry, ...]:
         raise ConfigurationError(
             "ssh-keygen is not installed", hint="install OpenSSH's client (Debian: apt-get install openssh-client)"
         ) from None
+    except subprocess.TimeoutExpired:
+        raise ConfigurationError(
+            f"ssh-keygen does not come to an end with {path}", hint=f"ssh-keygen -F {name} -f {path}"
+        ) from None
     found, number = [], 0
     for line in done.stdout.splitlines():
         if line.startswith("#"):
@@ -217,9 +220,18 @@ def _parsed(number: int, line: str) -> Entry | None:
 def _locked(path: Path) -> Iterator[TextIO]:
     """A file open for reading and appending, for this process and thread alone."""
     while True:
-        descriptor = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            descriptor = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+        except OSError as error:
+            reason = "it is a symbolic link" if path.is_symlink() else error.strerror
+            raise ConfigurationError(
+                f"{path} cannot be written: {reason}", hint="it is the campaign's own file; who made it?"
+            ) from None
         with os.fdopen(descriptor, "r+", encoding="utf-8", errors="replace") as stream:
-            fcntl.flock(stream, fcntl.LOCK_EX)
+            try:
+                lock(descriptor)
+            except OSError as error:
+                raise Locked(f"{path} cannot be locked: {error.strerror}", hint=f"find it: fuser -v {path}") from error
             # Another process may have renamed a new file over it meanwhile.
             if os.path.samestat(os.fstat(descriptor), path.stat()):
                 yield stream

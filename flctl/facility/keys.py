@@ -2,12 +2,14 @@
 
 import os
 import stat
+import threading
 from contextlib import suppress
 from pathlib import Path
 
 import paramiko
 
 from flctl.errors import ConfigurationError, LoginNeeded
+from flctl.facility import patience
 from flctl.facility.certificates import Dates, dates_in_file, dates_of_blob, ended, kept_public, rank
 from flctl.facility.openssh import certificate_path, expand
 from flctl.facility.profile import Site
@@ -70,17 +72,37 @@ def agent_files(site: Site) -> list[Path]:
         keys = [key for key, dates in _held_certificates(site) if dates.valid()]
     else:
         with suppress(paramiko.SSHException, OSError):
-            keys = [key for key in paramiko.Agent().get_keys() if not _is_certificate(key)]
+            keys = [key for key in _agents() if not _is_certificate(key)]
     return [kept_public(f"{key.get_name()} {key.get_base64()}\n") for key in keys]
 
 
 def _held_certificates(site: Site) -> list[tuple[paramiko.AgentKey, Dates]]:
     """The agent's, best first; none where no agent answers."""
     with suppress(paramiko.SSHException, OSError):
-        keys = [key for key in paramiko.Agent().get_keys() if _is_certificate(key)]
+        keys = [key for key in _agents() if _is_certificate(key)]
         held = [(key, dates_of_blob(key.blob)) for key in keys]
         return sorted(held, key=lambda pair: rank(pair[1], site.login.user), reverse=True)
     return []
+
+
+def _agents() -> list[paramiko.AgentKey]:
+    """The keys that an ssh-agent holds. paramiko.SSHException or OSError; one that was stopped, or waits for somebody
+    at another screen, would keep us for ever."""
+    found: list[list[paramiko.AgentKey] | Exception] = []
+
+    def ask() -> None:
+        try:
+            found.append(list(paramiko.Agent().get_keys()))
+        except (paramiko.SSHException, OSError) as error:
+            found.append(error)
+
+    thread = threading.Thread(target=ask, name="ask ssh-agent", daemon=True)
+    thread.start()
+    thread.join(patience.AGENT)
+    answer = found[0] if found else OSError(f"it says nothing for {patience.AGENT:.0f} s")
+    if isinstance(answer, Exception):
+        raise answer
+    return answer
 
 
 def _is_certificate(key: paramiko.AgentKey) -> bool:
@@ -109,14 +131,14 @@ def _in_agent(path: Path) -> paramiko.PKey | None:
     """The agent's copy of a key with a passphrase, found by the public half beside it."""
     with suppress(OSError, ValueError, IndexError, paramiko.SSHException):
         public = paramiko.pkey.PublicBlob.from_file(str(path) + ".pub").key_blob
-        return next((key for key in paramiko.Agent().get_keys() if key.blob == public), None)
+        return next((key for key in _agents() if key.blob == public), None)
     return None
 
 
 def _agent_keys(site: Site) -> list[paramiko.PKey]:
     hint = "ssh-add PATH-OF-YOUR-KEY; cron and systemd need SSH_AUTH_SOCK to be set, or login.key to name a file"
     try:
-        held = list(paramiko.Agent().get_keys())
+        held = _agents()
     except (paramiko.SSHException, OSError) as error:
         raise LoginNeeded(
             f"the ssh-agent does not answer: {printable(str(error))}", hint=hint, site=site.name

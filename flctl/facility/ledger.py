@@ -1,7 +1,7 @@
 """Owns which one-time codes all flctl processes of a user have used, each time step of each secret once; and the user's
 state folder with its files under locks."""
 
-import fcntl
+import errno
 import hashlib
 import hmac
 import json
@@ -10,13 +10,13 @@ import secrets
 import stat
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from flctl import faults
-from flctl.durable import make_folder
-from flctl.errors import CodeSpent, ConfigurationError
+from flctl.durable import fsync_folder, lock, make_folder
+from flctl.errors import BudgetRefused, CodeSpent, ConfigurationError, FlctlError, Locked
 
 MARGIN = 3.0
 """Seconds that must be left in a step before its code is sent: it has to arrive and be checked within it."""
@@ -110,25 +110,53 @@ def _ledger(now: float) -> Iterator[tuple[Entries, Path]]:
 
 @contextmanager
 def locked(name: str) -> Iterator[Path]:
-    """The path of a ledger, for this process and thread alone."""
-    folder = state_folder()
-    lock = os.open(folder / f"{name}.lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+    """The path of a ledger, for this process and thread alone. Locked if another one keeps it for longer than any has a
+    reason to: one that was stopped must not stop every site of every campaign."""
+    path = state_folder() / f"{name}.json"
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield folder / f"{name}.json"
+        descriptor = os.open(path.with_suffix(".lock"), os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+    except OSError as error:
+        raise _unusable(path, error) from error
+    try:
+        try:
+            lock(descriptor)
+        except OSError as error:
+            raise _unusable(path, error) from error
+        yield path
     finally:
-        os.close(lock)
+        os.close(descriptor)
+
+
+def _unusable(path: Path, error: OSError) -> FlctlError:
+    """A ledger that cannot be kept: then nothing is sent, for it could not be remembered."""
+    what = f"{path}, which keeps what logins were made, cannot be used: {error.strerror or error}"
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return BudgetRefused(what, hint="make room; the same command goes on from here")
+    if error.errno == errno.ETIMEDOUT:
+        return Locked(what, hint=f"find it: fuser -v {path.with_suffix('.lock')}")
+    return ConfigurationError(what, hint=f"who owns {path}?")
+
+
+def text_of(path: Path) -> str | None:
+    """What a ledger holds, None where there is none yet. It is replaced whole: to read it needs no lock."""
+    try:
+        return path.read_text(encoding="ascii")
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise _unusable(path, error) from error
 
 
 def _read(path: Path) -> Entries:
     try:
-        entries = json.loads(path.read_text(encoding="ascii"))
+        text = text_of(path)
+        if text is None:
+            return {"salt": secrets.token_hex(16), "used_until": {}}
+        entries = json.loads(text)
         bytes.fromhex(entries["salt"])
         if all(isinstance(value, int) for value in entries["used_until"].values()):
             return {"salt": entries["salt"], "used_until": dict(entries["used_until"])}
-    except FileNotFoundError:
-        return {"salt": secrets.token_hex(16), "used_until": {}}
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         pass
     raise ConfigurationError(
         f"{path}, which keeps which one-time codes were used, cannot be understood",
@@ -137,15 +165,16 @@ def _read(path: Path) -> Entries:
 
 
 def write(path: Path, entries: Entries) -> None:
-    """Replace a ledger, on disk when this returns."""
-    draft = path.with_name(f".{path.name}.{os.getpid()}")
-    with os.fdopen(os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW, 0o600), "w") as stream:
-        json.dump(entries, stream)
-        stream.flush()
-        os.fsync(stream.fileno())
-    draft.rename(path)
-    folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
+    """Replace a ledger, which is locked; on disk when this returns."""
+    draft = path.with_name(f".{path.name}.draft")
     try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
+        with os.fdopen(os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW, 0o600), "w") as stream:
+            json.dump(entries, stream)
+            stream.flush()
+            os.fsync(stream.fileno())
+        draft.rename(path)
+        fsync_folder(path.parent)
+    except OSError as error:
+        with suppress(OSError):
+            draft.unlink(missing_ok=True)
+        raise _unusable(path, error) from error

@@ -53,17 +53,19 @@ def log_in(
     witness.dialogue = answers.dialogue if answers else []
     keys = keys_of(site) if site.login.keyed else []
     allowance.take(site, login_place(site))
-    with allowance.outcome(site, login_place(site)) as attempt:
-        wire = reach(site, login_place(site), known_hosts, witness)
-        attempt.met = True
-        try:
+    wire: Wire | None = None
+    try:
+        with allowance.outcome(site, login_place(site)) as attempt:
+            wire = reach(site, login_place(site), known_hosts, witness)
+            attempt.met = True
             if jump := jump_place(site):
                 on_login(jump)
             authenticate(wire, site, keys, answers, witness)
             on_login(login_place(site))
-        except BaseException:
+    except BaseException:
+        if wire is not None:
             wire.close()
-            raise
+        raise
     threading.Thread(target=_pulse, args=(wire,), name=f"pulse {site.name}", daemon=True).start()
     return wire
 
@@ -127,7 +129,8 @@ def _negotiate(wire: Wire, place: Place, known_hosts: Path) -> None:
     certificates = ALGORITHMS if hostkeys.certified(place, known_hosts) else ()
     known = hostkeys.kinds_on_file(place, known_hosts)
     options.key_types = [*certificates, *_ordered(options.key_types, known)]
-    wire.start_client(timeout=patience.CONNECT)
+    with wire.bounded(patience.CONNECT + 5.0):
+        wire.start_client(timeout=patience.CONNECT)
     # When its time is over, start_client returns as if all were well.
     if not wire.initial_kex_done:
         raise EOFError("it did not answer in time")
@@ -194,10 +197,10 @@ def _connected(site: Site, place: Place) -> socket.socket:
     """A TCP connection to one of the host's addresses; what is silent is not waited for once per address."""
     deadline, lost = time.monotonic() + patience.CONNECT_ALL, OSError("its name has no address")
     try:
-        found = socket.getaddrinfo(place.host, place.port, type=socket.SOCK_STREAM)
+        found = addresses(place)
     except OSError as error:
         raise unreachable(site, place, error) from error
-    for address in dict.fromkeys(str(entry[4][0]) for entry in found):
+    for address in found:
         left = deadline - time.monotonic()
         if left <= 0:
             break
@@ -209,6 +212,26 @@ def _connected(site: Site, place: Place) -> socket.socket:
         link.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         return link
     raise unreachable(site, place, lost) from lost
+
+
+def addresses(place: Place) -> list[str]:
+    """Of a host's name, each once. OSError if there are none, or if no name server answers in time."""
+    found: list[list[str] | OSError] = []
+
+    def ask() -> None:
+        try:
+            entries = socket.getaddrinfo(place.host, place.port, type=socket.SOCK_STREAM)
+            found.append(list(dict.fromkeys(str(entry[4][0]) for entry in entries)))
+        except OSError as error:
+            found.append(error)
+
+    thread = threading.Thread(target=ask, name=f"resolve {place.host}", daemon=True)
+    thread.start()
+    thread.join(patience.RESOLVE)
+    answer = found[0] if found else OSError(f"no name server answered within {patience.RESOLVE:.0f} s")
+    if isinstance(answer, OSError):
+        raise answer
+    return answer
 
 
 def check_jump(site: Site, known_hosts: Path) -> None:

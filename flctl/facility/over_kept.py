@@ -8,7 +8,6 @@ import os
 import re
 import secrets
 import selectors
-import shlex
 import subprocess
 import tempfile
 import time
@@ -87,7 +86,7 @@ class KeptConnection:
     def push(self, source: Path, names: Sequence[str], target: PurePosixPath, progress: Progress | None = None) -> None:
         from flctl.facility import rsync, transfer
 
-        made = self.run(f"umask 077 && mkdir -p {shlex.quote(str(target))}")
+        made = self.run(transfer.landing(self.site, target))
         if made.status != 0:
             raise rsync.refusal(self.site, made.stderr, f"the folder {target} cannot be made there", ours=False)
         self._in_turn(lambda carrier: transfer.push(carrier, source, names, target, progress))
@@ -215,7 +214,7 @@ class _Stream:
     """What came over one stream: the first OUTPUT_MOST bytes, and the line that ends the program."""
 
     def __init__(self, ended: bytes) -> None:
-        self._end = re.compile(rb"\n" + ended + rb" (\d+)\n")
+        self._end = re.compile(rb"\n" + ended + rb" (\d{1,3})\n")
         self._kept, self._tail = bytearray(), b""
         self.over = False
         self.status: int | None = None

@@ -26,7 +26,7 @@ from flctl.errors import (
     LoginTooSoon,
     SiteUnreachable,
 )
-from flctl.facility import allowance, patience, scratch
+from flctl.facility import allowance, hostkeys, patience, scratch
 from flctl.facility.codes import Answers
 from flctl.facility.openssh import Place, environment, jump_place, quoted, ssh, transfer_place, unreachable
 from flctl.facility.profile import Site
@@ -40,6 +40,18 @@ if TYPE_CHECKING:
 
 LINGER = 10
 """Seconds for which a shared ssh connection outlives the flctl that opened it."""
+
+
+MEETINGS = 3
+"""How often a name is met, without a login, to find the host whose key ssh refused: it may lead to several."""
+
+
+class AnotherHost(SiteUnreachable):
+    """ssh met a host of this name whose key is trusted, but was not in the campaign's file; it is there now."""
+
+
+NOBODY = re.compile(r"\bssh: (?:connect to host|Could not resolve)|\bHost key verification failed")
+"""How ssh says that it met no host, or not the right one: no login was tried then."""
 
 
 class OverSsh:
@@ -69,7 +81,10 @@ class OverSsh:
         check_place(self.site, self._place, self.road.known_hosts)
         if self.site.login.multiplex:
             if not self._master_lives():
-                self._open_master()
+                try:
+                    self._open_master()
+                except AnotherHost:
+                    self._open_master()
             argv = [*self._ssh(code=False), *self._control(), "-o", "ControlMaster=no"]
             yield Shell(argv=argv, host=_bracketed(self._place.host), environment={})
             return
@@ -79,7 +94,8 @@ class OverSsh:
             argv = [*self._ssh(code=self._coded), "-o", "ControlPath=none"]
             try:
                 yield Shell(argv=argv, host=_bracketed(self._place.host), environment=variables)
-            except (SiteUnreachable, LoginNeeded, HostKeyRefused):
+            except (SiteUnreachable, LoginNeeded, HostKeyRefused) as error:
+                attempt.met = not (isinstance(error, HostKeyRefused) or NOBODY.search(error.message))
                 raise
             except FlctlError:
                 self._note_login()
@@ -96,7 +112,7 @@ class OverSsh:
         return None
 
     def _refused(self, words: str) -> LoginNeeded:
-        if self._answers and not self._answers.dialogue and re.search(r"\([^)]*(?:keyboard|password)[^)]*\)", words):
+        if self._answers and not self._answers.dialogue and re.search(r"\([^()]*(?:keyboard|password)[^()]*\)", words):
             return allowance.unasked(self.site, self._place, printable(words))
         given = self._answers.given if self._answers else ""
         what = given or {"certificate": "certificate", "totp": "login"}.get(self.site.login.kind, "key")
@@ -140,6 +156,7 @@ class OverSsh:
         self._masters += 1
         options = ["-o", "ControlMaster=yes", "-o", f"ControlPersist={LINGER}"]
         argv = [*self._ssh(code=self._coded), *self._control(), *options, "-f", "-N", self._place.host]
+        began = time.time()
         with allowance.outcome(self.site, self._place) as attempt:
             attempt.met = True
             with self._asking() as variables, tempfile.TemporaryFile() as errors:
@@ -155,10 +172,10 @@ class OverSsh:
                 errors.seek(0)
                 words = errors.read(65536).decode("utf-8", "replace")
             if status != 0:
-                attempt.met = not re.search(r"(?m)^ssh: (?:connect to host|Could not resolve)", words)
+                attempt.met = not NOBODY.search(words)
                 lost = unreachable(self.site, self._place, OSError(printable(words)))
-                # Who hangs up on an answer has refused it, for all we know.
-                answered = self._answers is not None and self._answers.given
+                # Who hangs up on an answer has refused it, for all we know, unless this machine slept meanwhile.
+                answered = self._answers is not None and self._answers.given and time.time() - began < patience.LOGIN
                 raise self.explain(status, words) or (self._refused(words) if answered else lost)
         self._note_login()
         lifeline = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
@@ -236,9 +253,13 @@ class OverSsh:
                 self._wait_for(spent.until)
 
     def _await_turn(self) -> None:
-        """Wait until the facility's interval between two logins is over; LoginNeeded if our certificate has ended since
-        the first of this contact."""
+        """Wait until the facility's interval between two logins is over; LoginNeeded if our certificate, or the agent
+        that holds our key, has ended since the first of this contact: an ssh without a key would be refused."""
+        from flctl.facility.keys import keys_of
+
         check(self.site)
+        if self.site.login.keyed:
+            keys_of(self.site)
         while True:
             try:
                 return allowance.take(self.site, self._place)
@@ -248,7 +269,10 @@ class OverSsh:
                 self._wait_for(early.until)
 
     def _wait_for(self, moment: float) -> None:
-        while (left := moment - time.time()) > 0:
+        """Until a moment of the wall clock, or as long as it was away: who waits looks again, and the clock may have
+        been set back."""
+        latest = time.monotonic() + moment - time.time()
+        while (left := min(moment - time.time(), latest - time.monotonic())) > 0:
             if self.road.stop():
                 raise Interrupted("waiting for the next login was interrupted", site=self.site.name)
             time.sleep(min(0.2, left))
@@ -278,10 +302,20 @@ class OverSsh:
     def _host_key_refused(self, words: str) -> FlctlError:
         from flctl.facility.login import reach
 
-        try:
-            reach(self.site, self._place, self.road.known_hosts).close()
-        except FlctlError as error:
-            return error
+        known_hosts, place = self.road.known_hosts, self._place
+        known = hostkeys.entries(known_hosts, place)
+        for _ in range(MEETINGS):
+            try:
+                reach(self.site, place, known_hosts).close()
+            except FlctlError as error:
+                return error
+            if hostkeys.entries(known_hosts, place) != known:
+                return AnotherHost(
+                    f"{place} is the name of several hosts, and showed the key of another one: it is trusted, and on "
+                    "file now",
+                    hint="rounds and ticks try again by themselves",
+                    site=self.site.name,
+                )
         return HostKeyRefused(
             f"ssh does not trust the host key of {self._place}: {printable(words)}",
             hint=f"look at {self.road.known_hosts}",

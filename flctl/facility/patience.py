@@ -4,8 +4,14 @@ under way. A long quiet command is no silence: its host answers when it is asked
 CONNECT = 20
 """For one address to take a connection; for the greeting and the exchange of keys; for a channel."""
 
+RESOLVE = 30.0
+"""For the addresses of a host's name: a resolver may ask one silent name server after the other for minutes."""
+
 CONNECT_ALL = 60.0
-"""For one of the addresses of a host to take a connection."""
+"""For one of the addresses of a host to take a connection, from the look for its addresses on."""
+
+AGENT = 20.0
+"""For an ssh-agent to list its keys."""
 
 AUTH = 60.0
 """For a server's answer to one proof of who we are."""
@@ -20,6 +26,10 @@ connections give up after 60 s. rsync's --timeout does not notice a black hole, 
 
 SESSION = 5.0
 """For a server that allows one session at a time to see that the last one has ended."""
+
+QUERY = 60
+"""For a scheduler's answer, after which the rest is asked without it. A sacct whose slurmdbd hangs (SIGSTOP) waits for
+eight times Slurm's MessageTimeout, an squeue for one, a scancel for two (seen with 22.05); sites set 10 to 100."""
 
 ENDING = 15.0
 """For the exit status of a program whose output has ended."""

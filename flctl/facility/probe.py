@@ -81,7 +81,7 @@ def space_commands(work: str) -> dict[str, str]:
 
 def space_left(answer: Answer) -> int | None:
     """KiB or inodes free, as `df -P` tells; None where it does not (some file systems have no number of inodes)."""
-    match = FREE.search(answer.stdout) if answer.status == 0 else None
+    match = FREE.search(answer.stdout[-HEARD:]) if answer.status == 0 else None
     return max(0, int(match[2])) if match and int(match[1]) else None
 
 

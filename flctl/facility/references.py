@@ -99,10 +99,19 @@ def _text_of(content: bytes, path: Path) -> str:
     return lines[0]
 
 
+def withhold(*references: str) -> None:
+    """Take what these refer to out of our environment, so that no program which is run from now on inherits it, the one
+    that gives another secret neither. They can still be read."""
+    for kind, _, name in (reference.partition(":") for reference in references):
+        if kind == "env":
+            with _taking:
+                if value := os.environ.pop(name.strip(), ""):
+                    _taken[name.strip()] = value
+
+
 def _from_environment(name: str) -> str:
+    withhold(f"env:{name}")
     with _taking:
-        if value := os.environ.pop(name, ""):
-            _taken[name] = value
         if name not in _taken:
             raise ConfigurationError(f"the environment variable {name}, which should hold the secret, is not set")
         return _taken[name]

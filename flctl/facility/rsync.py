@@ -315,8 +315,19 @@ def rsync_program() -> tuple[str, tuple[int, ...]]:
         program = shutil.which(candidate)
         if program is None:
             continue
-        done = subprocess.run([program, "--version"], capture_output=True, text=True, errors="replace", check=False)
-        match = re.search(r"^rsync\s+version v?(\d+)\.(\d+)(?:\.(\d+))?", done.stdout, re.MULTILINE)
+        told = ""
+        with suppress(OSError, subprocess.TimeoutExpired):
+            told = subprocess.run(
+                [program, "--version"],
+                env=environment(),
+                stdin=subprocess.DEVNULL,
+                capture_output=True,
+                text=True,
+                errors="replace",
+                timeout=patience.ENDING,
+                check=False,
+            ).stdout
+        match = re.search(r"^rsync\s+version v?(\d+)\.(\d+)(?:\.(\d+))?", told, re.MULTILINE)
         version = tuple(int(part or 0) for part in match.groups()) if match else ()
         if version >= (3, 1):
             return program, version

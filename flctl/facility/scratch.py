@@ -15,7 +15,8 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from flctl.errors import ConfigurationError
+from flctl.durable import lock
+from flctl.errors import ConfigurationError, Locked
 from flctl.facility import ledger
 
 PATH_MOST = 103 - 17
@@ -80,10 +81,17 @@ def _machine() -> str:
 def _locked(path: Path) -> Iterator[None]:
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        _wait_for(descriptor, path)
         yield
     finally:
         os.close(descriptor)
+
+
+def _wait_for(descriptor: int, path: Path) -> None:
+    try:
+        lock(descriptor)
+    except OSError as error:
+        raise Locked(f"{path} cannot be locked: {error.strerror}", hint=f"find it: fuser -v {path}") from error
 
 
 def _sweep(root: Path) -> None:
@@ -92,10 +100,10 @@ def _sweep(root: Path) -> None:
             shutil.rmtree(made, ignore_errors=True)
 
 
-def _lives(lock: Path) -> bool:
+def _lives(path: Path) -> bool:
     """Whether its process holds it. There is none where a process was killed, or is just removing its folder."""
     try:
-        descriptor = os.open(lock, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
+        descriptor = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
     except OSError:
         return False
     try:

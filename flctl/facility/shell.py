@@ -10,6 +10,9 @@ from flctl.errors import SiteUnreachable
 
 LIMIT = 1 << 20
 
+COMPLAINTS_MOST, LINE_MOST = 1 << 16, 1000
+"""Letters of a program's standard error, and of a line of it, that are read."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Answer:
@@ -54,9 +57,22 @@ class Program:
         return {name: answer for name, answer in found.items() if answer is not None}
 
     def _answer(self, stdout: str, name: str) -> Answer | None:
-        pattern = rf"\n{self.nonce} out {name}\n(.*?)\n{self.nonce} err {name} (\d+)\n(.*?)\n{self.nonce} end {name}\n"
-        match = re.search(pattern, "\n" + stdout, re.DOTALL)
-        return match and Answer(status=int(match[2]), stdout=match[1], stderr=match[3])
+        """Each mark is looked for once, behind the one before it: a site may print as many of them as it likes."""
+        text, begun = "\n" + stdout, f"\n{self.nonce} out {name}\n"
+        begin = text.find(begun)
+        told = re.compile(rf"\n{self.nonce} err {name} ([0-9]{{1,3}})\n").search(text, begin + len(begun))
+        if begin < 0 or told is None:
+            return None
+        end = text.find(f"\n{self.nonce} end {name}\n", told.end())
+        if end < 0:
+            return None
+        complaints = in_short(text[told.end() : end])
+        return Answer(status=int(told[1]), stdout=text[begin + len(begun) : told.start()], stderr=complaints)
+
+
+def in_short(complaints: str) -> str:
+    """As much of what a program complained of as is read: patterns are searched in it, which long lines make slow."""
+    return "\n".join(line[:LINE_MOST] for line in complaints[:COMPLAINTS_MOST].split("\n"))
 
 
 def quote(value: object) -> str:

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 from flctl.errors import ConfigurationError
 from flctl.facility import scratch
+from flctl.facility.openssh import environment
 from flctl.words import printable
 
 NAMESPACE = "flctl-manifest"
@@ -34,7 +35,9 @@ def fault(content: bytes, signature: str, site: str, signer: str) -> str:
         given.write_text(signature)
         words = [_program(), "-Y", "verify", "-n", NAMESPACE, "-f", str(pinned), "-I", site, "-s", str(given)]
         try:
-            done = subprocess.run(words, input=content, capture_output=True, timeout=PATIENCE, check=False)
+            done = subprocess.run(
+                words, input=content, capture_output=True, timeout=PATIENCE, env=environment(), check=False
+            )
         except subprocess.TimeoutExpired:
             return "ssh-keygen did not end in time"
     said = (done.stderr + done.stdout).decode(errors="replace")

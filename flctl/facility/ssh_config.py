@@ -9,10 +9,10 @@ import functools
 import getpass
 import re
 import subprocess
-import tempfile
 from pathlib import Path
 
 from flctl.errors import ConfigurationError
+from flctl.facility import scratch
 from flctl.facility.fields import HOST, USER
 from flctl.facility.openssh import certificate_path, environment, expand, quoted
 from flctl.facility.profile import Login, Site, Transfer
@@ -134,13 +134,12 @@ def _asked(file: Path, host: str, user: str, port: int) -> list[tuple[str, str]]
     """What ssh makes of the file for a host: its keywords in small letters, with their values."""
     given = ["-l", user] if user else []
     given += ["-p", str(port)] if port != 22 else []
-    with tempfile.NamedTemporaryFile("w", prefix="flctl-ssh-", encoding="utf-8") as wrapped:
-        ends = "".join(f"{name} {value}\n" for name, value in UNSAID.items())
-        wrapped.write(f"Include {quoted(file)}\nMatch all\n{ends}")
-        wrapped.flush()
+    with scratch.folder() as folder:
+        wrapped, ends = folder / "config", "".join(f"{name} {value}\n" for name, value in UNSAID.items())
+        wrapped.write_text(f"Include {quoted(file)}\nMatch all\n{ends}", encoding="utf-8")
         try:
             done = subprocess.run(
-                ["ssh", "-F", wrapped.name, "-G", *given, host],
+                ["ssh", "-F", str(wrapped), "-G", *given, host],
                 stdin=subprocess.DEVNULL,
                 capture_output=True,
                 text=True,

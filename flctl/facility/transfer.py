@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 from flctl.errors import TransferFailed
 from flctl.facility.profile import Site
 from flctl.facility.rsync import PARTIAL, Carrier, remote, run
+from flctl.facility.shell import quote
 from flctl.records import FileEntry
 from flctl.words import printable
 
@@ -24,6 +25,26 @@ if TYPE_CHECKING:
 INCOMING = ".flctl-incoming"
 """Where pulled files land within the target folder until they have been looked at: an older rsync than 3.2.5 lets a
 site send files that nobody asked for."""
+
+
+PART = ".part"
+"""How the names of folders end in which files arrive."""
+
+
+def landing(site: Site, folder: PurePosixPath) -> str:
+    """A shell command that makes a folder ready to be pushed to. What an rsync there that was killed, or that still
+    waits for a link that has fallen silent, has of a file under a temporary name, is kept as the beginning of that
+    file: only where nothing but a push ever writes, for its name says nothing for certain."""
+    made = f"umask 077 && mkdir -p {quote(remote(site, folder))}"
+    if not folder.name.endswith(PART):
+        return made
+    return f"""{made} && cd {quote(folder)} || exit 1
+find . -type f -name '.*.{"[A-Za-z0-9]" * 6}' | while IFS= read -r left; do
+  name=${{left##*/.}}; name=${{name%.*}}; kept=${{left%/*}}/{PARTIAL}
+  test "$(stat -c %s "$left")" -gt "$(stat -c %s "$kept/$name" 2>/dev/null || echo 0)" || continue
+  mkdir -p "$kept" && mv -f "$left" "$kept/$name"
+done
+:"""
 
 
 def push(
@@ -47,7 +68,7 @@ def pull(
         return
     incoming = target / INCOMING
     make_private(incoming)
-    _sweep(incoming, files)
+    _keep(incoming, files)
     most = max(entry.size for entry in files)
     names = [entry.path for entry in files]
     try:
@@ -122,12 +143,18 @@ def _arrived(incoming: Path, target: Path, entry: FileEntry) -> str:
     return ""
 
 
-def _sweep(target: Path, files: Sequence[FileEntry]) -> None:
-    """Remove what an rsync that was killed left beside the files under temporary names; the caller's lock says that
-    none runs."""
+def _keep(target: Path, files: Sequence[FileEntry]) -> None:
+    """Keep what an rsync that was killed left under temporary names as the beginnings of the files, to go on from
+    there; the caller's lock says that none runs."""
     for entry in files:
         final = target / entry.path
-        if final.parent.is_dir():
-            for path in final.parent.iterdir():
-                if re.fullmatch(rf"\.{re.escape(final.name)}\.[A-Za-z0-9]{{6}}", path.name):
-                    path.unlink()
+        partial = final.parent / PARTIAL / final.name
+        for path in final.parent.iterdir() if final.parent.is_dir() else ():
+            if not re.fullmatch(rf"\.{re.escape(final.name)}\.[A-Za-z0-9]{{6}}", path.name):
+                continue
+            found, had = path.lstat(), partial.lstat().st_size if os.path.lexists(partial) else 0
+            if stat.S_ISREG(found.st_mode) and found.st_nlink == 1 and had < found.st_size <= entry.size:
+                make_private(partial.parent)
+                path.rename(partial)
+            else:
+                path.unlink()

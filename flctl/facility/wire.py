@@ -1,6 +1,9 @@
 """Owns paramiko's transport as flctl uses it: what a server says when it hangs up is kept."""
 
+import contextlib
 import logging
+import threading
+from collections.abc import Iterator
 
 import paramiko
 
@@ -18,3 +21,15 @@ class Wire(paramiko.Transport):  # type: ignore[misc]
     def _parse_disconnect(self, message: paramiko.Message) -> None:
         message.get_int()
         self.farewell = printable(message.get_text())
+
+    @contextlib.contextmanager
+    def bounded(self, seconds: float) -> Iterator[None]:
+        """Close the connection when the block takes longer. paramiko's own limits are moments of the wall clock, which
+        never come if that is set back meanwhile."""
+        alarm = threading.Timer(seconds, self.close)
+        alarm.daemon = True
+        alarm.start()
+        try:
+            yield
+        finally:
+            alarm.cancel()

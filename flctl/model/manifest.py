@@ -25,6 +25,12 @@ def hash_folder(folder: Path) -> tuple[FileEntry, ...]:
     return tuple(hash_file(folder, path) for path in _files(folder, strict=True) if path != RECORD)
 
 
+def check_plain(folder: Path) -> None:
+    """ConfigurationError unless all below a version's folder are plain files: what a link in it led to would become a
+    part of the next version, and go to the sites."""
+    _files(folder, strict=True)
+
+
 def carried_files(shards: Shards) -> tuple[str, ...]:
     """The paths of what travels with the weights: their index, config, tokenizer, licence and so on; no other weights
     in any form, no flctl.json, no rule's state, nothing hidden."""

@@ -124,7 +124,7 @@ def read_state(folder: Path) -> State | None:
         )
     except FileNotFoundError as error:
         raise ConfigurationError(f"{folder} holds no {RECORD}, so it is no state of a rule") from error
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
         raise ConfigurationError(
             f"{path} is damaged: {error}", hint="restore it from a backup, or begin anew without it"
         ) from error

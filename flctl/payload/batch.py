@@ -10,6 +10,7 @@ says whether it lives, never a process id. Standard library only, Python 3.6 or 
 """
 
 import argparse
+import contextlib
 import errno
 import fcntl
 import json
@@ -22,11 +23,11 @@ import time
 GRACE = 10.0
 
 
-def folder_lock(folder):
+def folder_lock(folder, how=fcntl.LOCK_EX):
     """An open file on the folder's lock, or None if a job holds it."""
     file = open(os.path.join(folder, "lock"), "a")  # noqa: SIM115  given away, open
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(file, how | fcntl.LOCK_NB)
     except (IOError, OSError) as error:
         file.close()
         if error.errno in (errno.EAGAIN, errno.EACCES):
@@ -156,7 +157,7 @@ def jobs_below(runs):
         folder = os.path.join(runs, name)
         card = read_card(folder)
         if card is not None:
-            lock = folder_lock(folder)
+            lock = folder_lock(folder, fcntl.LOCK_SH)  # others who look are no jobs
             if lock is not None:
                 lock.close()
                 card = read_card(folder)
@@ -193,7 +194,8 @@ def cancel(options):
     for folder, card, alive in jobs_below(options.runs):
         if alive and card["name"] == options.name:
             open(os.path.join(folder, "cancelled"), "w").close()
-            os.killpg(card["group"], signal.SIGTERM)
+            with contextlib.suppress(ProcessLookupError):  # what holds the lock has left the group (a daemon)
+                os.killpg(card["group"], signal.SIGTERM)
     return 0
 
 

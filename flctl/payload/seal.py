@@ -10,6 +10,8 @@ Exit status: 0; 75 this copy may not train or seal (another owner, or revoked); 
 """
 
 import argparse
+import contextlib
+import errno
 import hashlib
 import json
 import os
@@ -27,6 +29,8 @@ WRONG_BASE = 76
 CHUNK = 1 << 20
 SAME_TASK = ("campaign_id", "site", "number", "work", "base", "steps", "global_step", "total_steps", "seed", "train")
 METRICS_MOST = 1 << 18
+RESERVE = "reserve"
+RESERVED = 2 * METRICS_MOST
 NAMESPACE = "flctl-manifest"
 SIGNING_MOST = 60
 
@@ -78,11 +82,49 @@ def write_json(path, data, key=""):
 
 
 def write_draft(draft, data):
-    with open(draft, "w") as file:
-        json.dump(data, file, indent=1, sort_keys=True)
-        file.write("\n")
-        file.flush()
-        os.fsync(file.fileno())
+    try:
+        with open(draft, "w") as file:
+            json.dump(data, file, indent=1, sort_keys=True)
+            file.write("\n")
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError:
+        remove(draft)
+        raise
+
+
+def remove(path):
+    with contextlib.suppress(OSError):
+        os.unlink(path)
+
+
+def reserve(run):
+    """Take the room that the record of the end will need: a job that fills disk or quota must still be able to say so.
+    Not zeros, which some file systems do not store."""
+    path = os.path.join(run, RESERVE)
+    try:
+        with open(path, "wb") as file:
+            file.write(os.urandom(RESERVED))
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError:
+        remove(path)
+        raise
+
+
+def is_full(run):
+    """Whether nothing can be written any more, for want of room."""
+    path = os.path.join(run, RESERVE + ".more")
+    try:
+        with open(path, "wb") as file:
+            file.write(os.urandom(CHUNK // 4))
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        return error.errno in (errno.ENOSPC, errno.EDQUOT)
+    finally:
+        remove(path)
+    return False
 
 
 def sign(path, key):
@@ -130,6 +172,8 @@ def take_owner(run, claim):
     """Become the owner of the attempt, or learn who is: link(2) from a file that already holds the claim is atomic on
     every shared file system. A retransmitted link over NFS may report EEXIST for our own success: the nonce tells."""
     owner, draft = os.path.join(run, "owner"), os.path.join(run, ".owner.%s" % claim["nonce"])
+    if os.path.exists(owner):  # who it is can be told where nothing can be written any more
+        return read_json(owner) or {}
     write_json(draft, claim)
     try:
         os.link(draft, owner)
@@ -137,7 +181,7 @@ def take_owner(run, claim):
         if not os.path.exists(owner):
             raise
     finally:
-        os.unlink(draft)
+        remove(draft)  # may be gone: a second revocation beside this one, or an unlink that NFS sent twice
     return read_json(owner) or {}
 
 
@@ -193,6 +237,7 @@ def start(options):
                 file.write(problem)
             sys.stderr.write("seal.py: error: %s\n" % problem)
             return WRONG_BASE
+    reserve(options.run)
     sys.stdout.write(environment(options, order, model, [folder for folder, _ in subjects], began))
     return 0
 
@@ -331,6 +376,9 @@ def finish(options):
     metrics = only_numbers(read_json(os.path.join(out, "metrics.json")))
     files = [] if options.status != 0 or options.signal else files_below(out)
     reason = judge(options, order, metrics, files)
+    if reason and is_full(options.run):
+        reason += "; there is no room left for its files (disk full, or quota)"
+    remove(os.path.join(options.run, RESERVE))
     counts = metrics if isinstance(metrics, dict) else {}
     base = dict(order["base"], version=int(owner["base"]))
     write_json(
@@ -406,7 +454,10 @@ def main():
     if not re.match(r"^[A-Za-z0-9]{1,64}$", options.nonce):
         parser.error("a nonce is letters and digits")
     os.umask(0o077)
-    return options.action(options)
+    try:
+        return options.action(options)
+    except OSError as error:
+        raise SystemExit("seal.py: error: %s" % error) from None
 
 
 if __name__ == "__main__":

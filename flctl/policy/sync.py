@@ -13,12 +13,24 @@ def decide(view: View, now: float) -> Decision:
         done = all(view.evaluate_run(order.site, newest.version) is not None for order in evaluations) and not busy
         return Decision(orders=_free(evaluations, busy, view), done=done)
     version = newest.version + 1
+    if version < view.plan.first:
+        return _again(view, newest)
     sites = [site for site in view.plan.sites if site not in view.plan.skips(version)]
     runs = [run for site in sites if (run := view.train_run(site, version)) is not None]
     if len(runs) == len(sites) and all(run.stage in CLOSED for run in runs):
         return _close(view, newest, runs)
     training = [_training(view, newest, site) for site in sites if view.train_run(site, version) is None]
     return Decision(orders=_first_of_each(_free(evaluations, busy, view), training, busy))
+
+
+def _again(view: View, newest: Model) -> Decision:
+    """The next model was made before this plan, and is gone: made once more of what was fetched for it then."""
+    version = newest.version + 1
+    ended = [run for run in view.runs if (run.order.work, run.order.round) == (Work.TRAIN, version)]
+    runs = {run.site: run for run in sorted(ended, key=lambda run: run.number) if run.stage in CLOSED}
+    if any(run.stage == Stage.FETCHED for run in runs.values()):
+        return _close(view, newest, list(runs.values()))
+    return Decision(lacking=f"model {version:04d} is gone, and nothing is here to make it of again: restore it")
 
 
 def _close(view: View, newest: Model, runs: list[Run]) -> Decision:

@@ -13,13 +13,15 @@ from flctl.campaign.merge_files import sizes_of, state_files, state_name
 from flctl.campaign.merging import STATE
 from flctl.campaign.session import Place, Session
 from flctl.campaign.steps.attempt import attempt_name, ordered, remote_folder
+from flctl.campaign.steps.check import cancel
 from flctl.campaign.workspace import write_atomic
 from flctl.codec import from_data, to_data
+from flctl.durable import read_plain
 from flctl.errors import ConfigurationError
 from flctl.facility.probe import space_commands, space_left
 from flctl.facility.script import job_script
 from flctl.facility.shell import MISSING, Answer, quote, read_file
-from flctl.records import FileEntry, Run, Stage, Work, seed_of
+from flctl.records import Cause, FileEntry, Job, Run, Stage, Work, seed_of, token_of
 
 SETTLING = 30.0
 """Seconds before a merge's walltime is over, on top of those for hashing, by which it must be complete."""
@@ -29,6 +31,7 @@ SEALING_RATE = 50e6 / 3
 
 def deliver(session: Session, run: Run, configuration: Configuration) -> Run:
     """Base (or subjects), payload, job.sh and order.json are at the site, each verified there."""
+    _end_earlier(session, run)
     folder = session.workspace.attempt_folder(run)
     target = remote_folder(session, run)
     script, order = render_job(session, run).encode(), order_json(session, run, configuration)
@@ -44,6 +47,7 @@ def deliver(session: Session, run: Run, configuration: Configuration) -> Run:
             "order": read_file(target / "order.json"),
             "script": f"test -s {quote(target / 'job.sh')}",
             "claim": f"test -e {quote(target / 'claim')}",
+            "data": f"test -e {quote(session.data)}",
             "space": space_commands(str(session.root))["space"],
         }
     )
@@ -52,8 +56,14 @@ def deliver(session: Session, run: Run, configuration: Configuration) -> Run:
     if there:
         faults.point("order-adopted", f"{run.site}/{attempt_name(run)}")
         session.note_read(target / "order.json", answers["order"].stdout)
-        run, order = _adopt(run, answers["order"]), answers["order"].stdout.encode()
+        run, order = _adopt(run, answers["order"], configuration), answers["order"].stdout.encode()
         write_atomic(folder / "order.json", order)
+    if answers["data"].status != 0 and answers["claim"].status != 0 and run.order.work != Work.MERGE:
+        raise ConfigurationError(
+            f"the data is not at the site: there is no {session.data} (purged?)",
+            hint=f"put it back there, or set storage.data in sites/{run.site}.toml; no job is submitted before",
+            site=run.site,
+        )
     # What nobody has claimed yet may be put there anew: a purge takes files, and leaves their folders.
     if answers["claim"].status != 0 and not (there and answers["script"].status == 0):
         write_atomic(folder / "job.sh", script)
@@ -62,6 +72,14 @@ def deliver(session: Session, run: Run, configuration: Configuration) -> Run:
         session.place(folder, [entry_of(folder / name) for name in ("job.sh", "order.json")], target)
         faults.point("attempt-placed", f"{run.site}/{attempt_name(run)}")
     return replace(run, stage=Stage.DELIVERED)
+
+
+def _end_earlier(session: Session, run: Run) -> None:
+    """An attempt that a person ended may have been one whose site could not be told: no two ever train at once."""
+    for past in run.past:
+        if past.cause == Cause.CANCELLED_BY_US:
+            token = token_of(session.workspace.id, run.site, run.number, past.number)
+            cancel(session, replace(run, attempt=past.number, job=Job(token=token, id=past.job_id)))
 
 
 def _remember_space(session: Session, answer: Answer) -> None:
@@ -103,7 +121,9 @@ def render_job(session: Session, run: Run) -> str:
 def read_template(folder: Path, kind: str) -> str:
     path = folder / f"{kind}.sh"
     try:
-        return path.read_text(encoding="utf-8")
+        return read_plain(path).decode().replace("\r\n", "\n")
+    except UnicodeDecodeError:
+        raise ConfigurationError(f"the job template {path} is not UTF-8 text", hint="save it as UTF-8") from None
     except OSError as error:
         raise ConfigurationError(
             f"the job template {path} cannot be read: {error.strerror}",
@@ -170,10 +190,10 @@ def _gather_own(session: Session, run: Run, places: list[Place]) -> None:
             session.gather(entries, (made, places[0][2]), place)
 
 
-def _adopt(run: Run, answer: Answer) -> Run:
+def _adopt(run: Run, answer: Answer, configuration: Configuration) -> Run:
     """The run as the site knows it: a folder that is already there was ordered by us before (the campaign's folder was
     rolled back or rebuilt), and the site's order wins over ours."""
-    return replace(run, order=ordered(run, answer.stdout, plan=run.order.plan))
+    return replace(run, order=ordered(run, answer.stdout, plan=run.order.plan, configuration=configuration))
 
 
 def entry_of(path: Path) -> FileEntry:

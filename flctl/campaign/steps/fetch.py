@@ -3,6 +3,7 @@
 import os
 import re
 import shutil
+from contextlib import suppress
 from dataclasses import replace
 from fnmatch import fnmatch
 from pathlib import Path
@@ -11,11 +12,12 @@ from typing import Any
 from flctl import faults
 from flctl.campaign.config import Configuration
 from flctl.campaign.merge_files import allowed, check_made, own_files
-from flctl.campaign.session import Session
+from flctl.campaign.session import HASHING_RATE, Differs, Session
 from flctl.campaign.steps.attempt import attempt_name, remote_folder
 from flctl.codec import to_data
 from flctl.durable import fsync_folders, move
-from flctl.errors import AggregationRefused, BudgetRefused, JobFailed
+from flctl.errors import AggregationRefused, BudgetRefused, JobFailed, SiteUnreachable, TransferFailed
+from flctl.facility.shell import quote
 from flctl.records import Contribution, FileEntry, Run, Stage, Work, folder_sha256
 from flctl.words import printable
 
@@ -42,7 +44,7 @@ def fetch(session: Session, run: Run, configuration: Configuration) -> Run:
     draft = folder / ".out.part"
     files = _allowed(run, contribution.files, configuration, workspace.model_record(run.order.base))
     if not (folder / "out").exists():
-        session.bring(remote_folder(session, run) / "out", files, draft)
+        _bring(session, run, files, draft)
         session.report("checking", 0, 0)
         report = gate(draft, base, site=run.site)
         _refuse_others(run, files, draft)
@@ -68,7 +70,7 @@ def _fetch_merge(session: Session, run: Run, contribution: Contribution) -> Run:
     folder, base = workspace.attempt_folder(run), workspace.model_folder(run.order.base)
     out, draft = folder / "out", folder / ".out.part"
     if not out.exists():
-        session.bring(remote_folder(session, run) / "out", allowed(workspace, run, contribution.files), draft)
+        _bring(session, run, allowed(workspace, run, contribution.files), draft)
         carry(base, draft, index=True)
     place = out if out.exists() else draft
     session.report("checking", 0, 0)
@@ -82,6 +84,44 @@ def _fetch_merge(session: Session, run: Run, contribution: Contribution) -> Run:
         faults.point("merge-renamed", f"{run.site}/{attempt_name(run)}")
     contribution = replace(contribution, files=files, sha256=folder_sha256(own_files(files)), gates=to_data(report))
     return replace(run, stage=Stage.FETCHED, contribution=contribution)
+
+
+def _bring(session: Session, run: Run, files: tuple[FileEntry, ...], draft: Path) -> None:
+    """JobFailed if what the run made is gone from its site, or is there no more what its record says: it can be trained
+    again, but never fetched."""
+    try:
+        session.bring(remote_folder(session, run) / "out", files, draft)
+    except TransferFailed as error:
+        with suppress(SiteUnreachable):
+            if session.ask({"gone": gone(session, run)})["gone"].status == 0:
+                raise JobFailed(
+                    f"what run {attempt_name(run)} made is gone from the site: purged, or taken by a later flctl gc",
+                    hint=f"flctl retry {run.site} trains it again; but if this folder was put back from a backup: "
+                    "flctl adopt brings the newest model that a site has",
+                    site=run.site,
+                ) from None
+        if isinstance(error, Differs) and _is_spoilt(session, run, error.entry):
+            raise JobFailed(
+                f"{error.entry.path} of run {attempt_name(run)} is not what its record says, at the site itself",
+                hint=f"see who wrote to it after the job's end; flctl retry {run.site} trains it again",
+                site=run.site,
+            ) from None
+        raise
+
+
+def _is_spoilt(session: Session, run: Run, entry: FileEntry) -> bool:
+    """Whether a file at the site has another sha256 than its record says: to bring it again, and again, is no use."""
+    command = f"sha256sum <{quote(remote_folder(session, run) / 'out' / entry.path)}"
+    with suppress(SiteUnreachable):
+        answer = session.ask({"sum": command}, timeout=60 + entry.size / HASHING_RATE)["sum"]
+        return answer.status == 0 and answer.stdout.split()[:1] != [entry.sha256]
+    return False
+
+
+def gone(session: Session, run: Run) -> str:
+    """A shell command that succeeds if the run's record of completion is at the site, and what it made is not."""
+    folder = remote_folder(session, run)
+    return f"test -f {quote(folder / 'done.json')} && test ! -e {quote(folder / 'out')}"
 
 
 def _allowed(
@@ -133,9 +173,10 @@ def _refuse_others(run: Run, files: tuple[FileEntry, ...], folder: Path) -> None
 def carry(base: Path, folder: Path, *, index: bool = False) -> None:
     """Copy what travels with a model (config, tokenizer) from its base, so that any library can open the folder.
     `index`: and the index of the weights, where their shards are the base's."""
-    from flctl.model.manifest import carried_files
+    from flctl.model.manifest import carried_files, check_plain
     from flctl.model.shards import open_shards
 
+    check_plain(base)
     draft = folder.parent / f"{folder.name}.carried"  # beside it: a kill must not leave half a file that looks whole
     for name in carried_files(open_shards(base)):
         if (index or not name.endswith(".index.json")) and not (folder / name).exists():

@@ -6,10 +6,10 @@ from flctl import faults
 from flctl.campaign import driver
 from flctl.campaign.session import Session
 from flctl.campaign.steps.attempt import attempt_name, remote_folder
-from flctl.errors import Locked, TransferFailed
+from flctl.errors import Locked
+from flctl.facility.rsync import refusal
 from flctl.facility.shell import quote, read_file
 from flctl.records import Run, Stage
-from flctl.words import printable
 
 SUBMIT_TIMEOUT = 180.0
 """Seconds: sbatch's own retries when the controller's queue is full last up to 120 s."""
@@ -35,11 +35,8 @@ def submit(session: Session, run: Run) -> Run:
     if answers["submit"].status == 48:
         raise Locked("another host has become the campaign's driver", hint=driver.TAKE_OVER, site=run.site)
     if answers["submit"].status == 47:
-        raise TransferFailed(
-            f"the attempt could not be claimed in {folder}: {printable(answers['submit'].stderr)}",
-            hint="see the site's free space and quota; it is tried again at the next contact",
-            site=run.site,
-        )
+        what = f"the attempt could not be claimed in {folder}"
+        raise refusal(session.site, answers["submit"].stderr, what, ours=False)
     if answers["id"].status == 0:
         session.note_read(folder / "job.id", answers["id"].stdout)
     job_id = session.scheduler.job_id(answers["id"].stdout) if answers["id"].status == 0 else None

@@ -137,6 +137,9 @@ def together(queue: Sequence[Seen], past: Sequence[Seen]) -> tuple[Seen, ...]:
     return (*known, *(_by_whom(job) for job in past if job.name not in names))
 
 
+UNNAMED = "allocation"
+"""What slurmdbd calls a job whose name it never heard, as of one that had ended before its start was told."""
+
 NOBODY = "nobody cancelled it"
 
 

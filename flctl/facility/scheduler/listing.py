@@ -29,20 +29,21 @@ def _records(stdout: str, width: int) -> Iterator[list[str]]:
     """The lines, split into `width` fields. A job's name may hold anything, also `|` and line ends: it comes last, and
     a line that is no record continues the name before it."""
     current: list[str] | None = None
+    more: list[str] = []
     for line in stdout.splitlines():
         if match := RECORD.fullmatch(line):
             fields = [match[1], *match[2].split("|", width - 2)]
             if len(fields) != width:
                 raise QueryFailed(f"a line of the listing is cut off: {line[:200]!r}")
             if current is not None:
-                yield current
-            current = fields
+                yield [*current[:-1], "\n".join([current[-1], *more])]
+            current, more = fields, []
         elif current is not None:
-            current[-1] += "\n" + line
+            more.append(line)
         elif line.strip():
             raise QueryFailed(f"not a listing of jobs: {line[:200]!r}")
     if current is not None:
-        yield current
+        yield [*current[:-1], "\n".join([current[-1], *more])]
 
 
 def _job(fields: list[str], name: str, cluster: str, activity: Callable[[str], Activity]) -> Seen:

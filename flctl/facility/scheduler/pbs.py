@@ -129,7 +129,7 @@ class Pbs:
         try:
             found = json.loads(stdout, strict=False)["Queue"].items()
             return tuple(_queue(name, table) for name, table in found)
-        except (ValueError, KeyError, AttributeError, TypeError, OverflowError) as error:
+        except (ValueError, KeyError, AttributeError, TypeError, OverflowError, RecursionError) as error:
             raise QueryFailed(f"not a listing of queues: {stdout[:200]!r}") from error
 
     def accounts(self) -> str | None:

@@ -73,23 +73,27 @@ def duration(text: str) -> int | None:
 def _blocks(stdout: str) -> Iterator[tuple[str, dict[str, str]]]:
     """Each job's id and attributes, after an empty line. A long value goes on after a tab; any other line that begins
     nothing belongs to a value with a line end (a variable's, a name's). Of attributes of one name the first counts."""
-    job_id, attributes, last, before = "", dict[str, str](), "", ""
+    job_id, attributes, last, before = "", dict[str, list[str]](), "", ""
     for line in stdout.split("\n"):
         begun, before = None if before else _JOB.fullmatch(line), line
         if begun:
             if job_id:
-                yield job_id, attributes
+                yield job_id, _whole(attributes)
             job_id, attributes, last = begun[1], {}, ""
         elif not job_id:
             if line.strip():
                 raise QueryFailed(f"not a listing of jobs: {line[:200]!r}")
         elif attribute := _ATTRIBUTE.fullmatch(line):
             last = attribute[1] if attribute[1] not in attributes else ""
-            attributes.setdefault(attribute[1], attribute[2])
+            attributes.setdefault(attribute[1], [attribute[2]])
         elif last and line:
-            attributes[last] += line[1:] if line[0] == "\t" else "\n" + line
+            attributes[last].append(line[1:] if line[0] == "\t" else "\n" + line)
     if job_id:
-        yield job_id, attributes
+        yield job_id, _whole(attributes)
+
+
+def _whole(attributes: dict[str, list[str]]) -> dict[str, str]:
+    return {name: "".join(parts) for name, parts in attributes.items()}
 
 
 def _job(job_id: str, attributes: dict[str, str]) -> Seen:

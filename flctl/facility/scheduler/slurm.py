@@ -5,7 +5,7 @@ import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from flctl.facility.scheduler import Activity, Estimate, QueryFailed, QueueSeen, Seen, listing
+from flctl.facility.scheduler import UNNAMED, Activity, Estimate, QueryFailed, QueueSeen, Seen, listing
 
 ME = '--user="$(id -un)"'
 """`--me` came with Slurm 20.02 (squeue) and 22.05 (scancel); this is as good and older."""
@@ -144,8 +144,9 @@ class Slurm:
         if not self.accounted_for:
             return None
         known = [job_id for job_id in ids if job_id and ID.fullmatch(job_id)]
-        which = f"-j {','.join(known)}" if known and len(known) == len(tokens) else "-S now-30days -E now+365days"
-        names = shlex.quote(",".join(tokens))
+        by_id = bool(known) and len(known) == len(tokens)
+        which = f"-j {','.join(known)}" if by_id else "-S now-30days -E now+365days"
+        names = shlex.quote(",".join([*tokens, UNNAMED] if by_id else tokens))
         fields = "JobID,State,Submit,Start,End,ElapsedRaw,ExitCode,Cluster,JobName"
         return f"SLURM_TIME_FORMAT=%s sacct -n -P -X -D {which} {ME} --name={names} --format={fields}"
 
