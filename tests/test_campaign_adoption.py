@@ -72,6 +72,7 @@ def test_a_lost_folder_is_rebuilt_from_the_sites_and_the_round_goes_on_without_t
         campaign.wait(lambda site=site: (campaign.remote(site) / "runs" / "0003-1" / "done.json").exists())
     before, label = started(campaign), campaign.remote("pisa").name
     assert before == {"brno": 3, "pisa": 3}
+    spent = [row["used"] for row in campaign.json("status")["data"]["node_hours"]]
     shutil.copytree(campaign.place, campaign.root / "undisturbed")
     profiles = [shutil.copy(campaign.place / "sites" / f"{site}.toml", campaign.root) for site in campaign.sites]
     shutil.rmtree(campaign.place)
@@ -80,6 +81,8 @@ def test_a_lost_folder_is_rebuilt_from_the_sites_and_the_round_goes_on_without_t
     assert "model 0002" in rebuilt.stdout
     assert "what no site can tell" in rebuilt.stdout
     assert hash_of(campaign, 2) == known[2]
+    hours = [row["used"] for row in campaign.json("status")["data"]["node_hours"]]
+    assert all(hours) and hours == pytest.approx(spent, rel=0.5), "what adopted runs used counts"
     assert "steps = 4" in (campaign.place / "flctl.toml").read_text()
     assert [campaign.run("pisa", number)["stage"] for number in (1, 2)] == ["fetched", "fetched"]
     assert campaign.json("round")["data"]["model"]["version"] == 3

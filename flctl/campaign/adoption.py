@@ -5,6 +5,7 @@ import json
 import re
 import time
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -15,7 +16,7 @@ from flctl.campaign.session import HASHING_RATE, Session
 from flctl.campaign.signing import record_of
 from flctl.campaign.steps.attempt import ordered
 from flctl.campaign.testimony import table_of
-from flctl.campaign.verdict import contribution_of
+from flctl.campaign.verdict import contribution_of, times_of
 from flctl.campaign.workspace import Workspace, write_json
 from flctl.codec import to_data
 from flctl.durable import make_folder, move, remove
@@ -126,7 +127,11 @@ def _recreated(workspace: Workspace, site: str, there: There, before: Run | None
 
 
 def _closed(run: Run, done: dict[str, Any] | None) -> Run:
-    """A run of a model that is made: what it brought is told by its record, and not fetched."""
+    """A run of a model that is made: what it brought and how long it ran is told by its record, and not fetched."""
+    with suppress(ValueError, KeyError, TypeError):
+        began, ended = times_of(done or {})
+        job = replace(run.job, started_at=began, ended_at=ended, elapsed=max(0.0, ended - began))
+        run = replace(run, job=job)
     try:
         if done is None or done["outcome"] != "done":
             raise ValueError((done or {}).get("reason") or "it was not done")

@@ -314,6 +314,15 @@ def _is_ours(run: Run, done: dict[str, Any]) -> bool:
     )
 
 
+def times_of(done: dict[str, Any]) -> tuple[float, float]:
+    """When the job of a record of completion began and ended (Unix seconds); ValueError, KeyError or TypeError if it
+    does not say."""
+    began, ended = _moment(done["started_at"]), _moment(done["ended_at"])
+    if began is None or ended is None:
+        raise ValueError("its times are no times")
+    return began, ended
+
+
 def _sealed(
     run: Run,
     job: Job,
@@ -327,9 +336,7 @@ def _sealed(
     """The record speaks: done, or failed with its reason. `ended`: the job's end as the scheduler shows it; `final`:
     what the scheduler said before is its last word; `fenced`: as in `after_revoking`."""
     try:
-        began, finished = _moment(done["started_at"]), _moment(done["ended_at"])
-        if began is None or finished is None:
-            raise ValueError("its times are no times")
+        began, finished = times_of(done)
         elapsed, last = job.elapsed, ended is not None or (final and cause_of(job.state, job.reason) is not None)
         if not last or (ended is not None and ended.elapsed is None):
             known = (job.absent_at is None and job.elapsed) or 0.0
