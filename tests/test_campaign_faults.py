@@ -67,7 +67,10 @@ def test_data_that_was_purged_is_noticed_before_a_job_waits_for_it(campaign: Cam
 
 def test_a_retry_replaces_a_model_that_was_spoilt_at_the_site(single: Campaign) -> None:
     single.profile("pisa", behave="fail")
-    single.json("round", code=6)
+    told = single.flctl("round")
+    assert told.returncode == 6
+    assert "skip" not in told.stdout + told.stderr, "it would leave nothing to merge"
+    assert "flctl cancel" in single.flctl("status").stdout
     weights = single.remote("pisa") / "models" / "0000" / "model.safetensors"
     content = bytearray(weights.read_bytes())
     content[-1] ^= 1

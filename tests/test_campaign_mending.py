@@ -144,7 +144,7 @@ def test_a_model_that_nobody_can_make_again_leaves_what_a_person_wrote_alone(tmp
 def test_the_work_folder_may_be_changed_between_rounds_and_not_while_a_job_is_there(campaign: Campaign) -> None:
     path = campaign.place / "sites" / "pisa.toml"
     text = path.read_text()
-    path.write_text(text.replace("/pisa/work\"", "/pisa/elsewhere\""))
+    path.write_text(text.replace('/pisa/work"', '/pisa/elsewhere"'))
     assert campaign.json("round")["data"]["model"]["version"] == 3
     campaign.flctl("campaign", "start", "--rounds", "1")
     campaign.flctl("campaign", "tick")

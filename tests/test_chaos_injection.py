@@ -1,5 +1,6 @@
 """A sample of the row "injection", and that the row sees the bugs it is there for."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,6 +14,14 @@ def test_no_string_of_a_sample_escapes() -> None:
     assert result.failures == 0, "\n".join(result.notes)
     assert result.trials == 800 and result.figures["slots"] > 100
     assert result.figures["accepted and run"] > 30 and result.figures["refused"] > 400
+
+
+@pytest.mark.parametrize("place", ["/", "//"])
+def test_a_work_folder_that_is_the_root_stays_absolute(place: str, tmp_path: Path) -> None:
+    """Found by the full aim: it became the login's own folder."""
+    trial = injection.Trial(tmp_path)
+    slot = next(slot for slot in trial.slots if slot.name == "storage.work")
+    assert "#SBATCH --output=/runs/0001-1/log\n" in trial.render(slot, "slurm", place)
 
 
 def _unquoted(name: str, value: Any) -> str:

@@ -151,6 +151,16 @@ def waiting(workspace: Workspace, runs: tuple[Run, ...]) -> list[dict[str, Any]]
     return rows
 
 
+def alternative(workspace: Workspace, run: Run) -> str:
+    """What a person may do about a failed run instead of `flctl retry`."""
+    if run.order.work == Work.MERGE:
+        return 'aggregate_at = "" in flctl.toml'
+    plan = workspace.plan()
+    if plan is not None and set(plan.sites) - plan.skips(run.order.round) - {run.site}:
+        return f"flctl skip {run.site}"
+    return "flctl cancel, which ends the plan"
+
+
 def failed_runs(workspace: Workspace) -> list[Run]:
     """Each site's last run of its kind and round in the current plan, where it failed."""
     last: dict[tuple[str, Work, int], Run] = {}

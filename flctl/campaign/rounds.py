@@ -9,7 +9,7 @@ from flctl.campaign.attempts import why_held
 from flctl.campaign.contacts import failure_of, for_a_person, hold_of, is_held, remedy_of
 from flctl.campaign.engine import Engine
 from flctl.campaign.planning import is_open
-from flctl.campaign.report import failed_runs
+from flctl.campaign.report import alternative, failed_runs
 from flctl.campaign.workspace import Workspace
 from flctl.errors import (
     AggregationRefused,
@@ -158,12 +158,10 @@ def _lacking(workspace: Workspace, decision: Decision | None) -> Errors:
     """That a round cannot close without a person, if so."""
     if decision is None or not decision.lacking:
         return []
-    failed = sorted((run.site, run.order.work) for run in failed_runs(workspace) if not run.skipped)
+    failed = sorted((run for run in failed_runs(workspace) if not run.skipped), key=lambda run: run.site)
     hint = "flctl retry, or flctl cancel ends the plan"
     if failed:
-        site, work = failed[0]
-        other = 'aggregate_at = "" in flctl.toml' if work == Work.MERGE else f"flctl skip {site}"
-        hint = f"flctl retry {site} or {other}"
+        hint = f"flctl retry {failed[0].site} or {alternative(workspace, failed[0])}"
     return [("", failure_of(AggregationRefused(decision.lacking, hint=hint)))]
 
 

@@ -276,7 +276,7 @@ def _expand(path: str, found: Mapping[str, str], site: Site) -> str:
             hint="paths at a site are absolute, or begin with one of its variables",
             site=site.name,
         )
-    return text.rstrip("/")
+    return text.rstrip("/") or "/"
 
 
 def _same(path: Path, entry: FileEntry) -> bool:

@@ -159,6 +159,7 @@ def _print_end(workspace: Workspace, outcome: "Outcome", first: int) -> None:
     """The models made and each site's perplexities; then what went wrong."""
     from flctl.campaign.gates import warnings_of
     from flctl.campaign.privacy import line, shown
+    from flctl.campaign.report import alternative
 
     model = workspace.newest_model()
     grid = Grid(("for model", "site", "steps", "samples", "perplexity of the base", "after training there"))
@@ -178,9 +179,13 @@ def _print_end(workspace: Workspace, outcome: "Outcome", first: int) -> None:
         print(f"privacy: {line(told)}")
     print_failures(outcome.errors)
     if not outcome.done:
-        waits = ", ".join(sorted({run.site for run in workspace.runs() if run.open}))
+        open_runs = [run for run in workspace.runs() if run.open]
+        waits = ", ".join(sorted({run.site for run in open_runs}))
         print(f"model {model.version + 1:04d} is not made" + (f"; {waits} not finished" if waits else ""))
-        print("-> flctl round goes on from here" + ("; flctl skip SITE makes it without one" if waits else ""))
+        spared = any(alternative(workspace, run).startswith("flctl skip") for run in open_runs)
+        driven = all(failure.code != "locked" for _, failure in outcome.errors)
+        skip = "; flctl skip SITE makes it without one" if spared and driven else ""
+        print(f"-> flctl round goes on from here{skip}")
     if outcome.done:
         print(f"model {model.version:04d}  sha256 {model.sha256[:16]}  {workspace.model_folder(model.version)}")
 

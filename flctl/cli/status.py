@@ -10,7 +10,7 @@ from flctl.cli.moving import find
 from flctl.cli.output import Grid, print_json, seconds
 from flctl.codec import to_data
 from flctl.errors import ConfigurationError, LoginPaused
-from flctl.records import Run, Work
+from flctl.records import Run
 
 NOTE_MOST = 60
 
@@ -69,7 +69,7 @@ def _print(workspace: Workspace, runs: tuple[Run, ...], data: dict[str, Any], ev
 
 
 def _print_runs(workspace: Workspace, runs: tuple[Run, ...], data: dict[str, Any], everything: bool) -> None:
-    from flctl.campaign.report import ago, failed_runs, state_of
+    from flctl.campaign.report import ago, alternative, failed_runs, state_of
 
     model = data["model"]
     grid = Grid(("site", "run", "work", "for model", "state", "since", "job", "steps", "queued", "ran", "note"))
@@ -95,8 +95,7 @@ def _print_runs(workspace: Workspace, runs: tuple[Run, ...], data: dict[str, Any
     for run in failed_runs(workspace):
         if run.failure is not None and not run.skipped:
             print(f"{run.site}: run {run.number:04d} failed: {run.failure.message}")
-            other = 'aggregate_at = "" in flctl.toml' if run.order.work == Work.MERGE else f"flctl skip {run.site}"
-            print(f"  -> flctl retry {run.site}, or {other}")
+            print(f"  -> flctl retry {run.site}, or {alternative(workspace, run)}")
 
 
 def _print_sites(workspace: Workspace, runs: tuple[Run, ...], data: dict[str, Any]) -> None:

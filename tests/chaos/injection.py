@@ -126,7 +126,7 @@ def slots() -> list[Slot]:
         if path[-1] in ("exports", "train"):
             found.append(Slot(name=f"{path[-1]}.VALUE", put=_putter((*path, "NAME"), None), benign="value"))
         if path[-1] in ("exports", "train", "shapes", "queues"):
-            found.append(Slot(name=f"{path[-1]}.NAME", put=_namer(path), benign="NAME"))
+            found.append(Slot(name=f"{path[-1]}.NAME", put=_namer(path), benign="OTHER"))
     return found
 
 
