@@ -150,8 +150,8 @@ class Soak:
 
     def person(self) -> None:
         """What a person does who is told that a job was killed: try it again."""
-        failed = [path for path in (self.driven.place / "runs").glob("*/*/run.json") if _failed(path)]
-        if failed:
+        waiting = [path for path in (self.driven.place / "runs").glob("*/*/run.json") if _for_a_person(path)]
+        if waiting:
             self.retries += 1
             self.driven.federation.flctl("retry")
 
@@ -189,9 +189,11 @@ class Soak:
         return found
 
 
-def _failed(path: Path) -> bool:
+def _for_a_person(path: Path) -> bool:
+    """Failed, or held because somebody cancelled its job: a kill that comes before the start looks like that."""
     run = json.loads(path.read_text())
-    return bool(run["stage"] == "failed" and not run["skipped"])
+    held = run["held"] is not None and run["held"]["until"] is None
+    return bool(held if run["stage"] not in ("fetched", "failed") else run["stage"] == "failed" and not run["skipped"])
 
 
 def undisturbed(rounds: int) -> str:
