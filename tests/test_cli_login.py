@@ -173,7 +173,7 @@ def test_what_is_kept_is_shown_and_closed(place: Place, tmp_path: Path) -> None:
     (row,) = place.json("login", "--status")["data"]["connections"]
     assert (row["site"], row["host"], row["alive"]) == ("delta", f"flctl-hold@[{ADDRESS}]:2810", True)
     assert began <= row["since"] <= time.time() and row["until"] - row["since"] == pytest.approx(1800, abs=1)
-    assert re.search(r"delta +flctl-hold@\S+ +\S+ +\S+ +open", place.flctl("login", "--status", at=tmp_path).stdout)
+    assert re.search(r"delta +flctl-hold@\S+ +[0-9: -]+ +open", place.flctl("login", "--status", at=tmp_path).stdout)
 
     since = place.server.mark()
     with place.terminal("login", "delta") as terminal:

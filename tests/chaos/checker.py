@@ -133,9 +133,10 @@ def violations(
 
 
 def _of_jobs(evidence: Evidence) -> Iterator[str]:
-    """No attempt was submitted twice, and no job belongs to no attempt."""
+    """No attempt was submitted twice, and no job belongs to no attempt. One job may have several records: a controller
+    that was killed starts it again under its id."""
     for site, jobs in evidence.jobs.items():
-        names = [job.name for job in jobs or ()]
+        names = [name for name, _ in {(job.name, job.id) for job in jobs or ()}]
         tokens = {str(item.order.get("token")) for item in evidence.attempts if item.site == site}
         for name in sorted(set(names)):
             if name not in tokens:
