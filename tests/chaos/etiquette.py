@@ -94,13 +94,17 @@ def trial(bed: Testbed, rng: random.Random, every: int) -> tuple[list[float], li
         lambda: lose(federation),
     ]
     until, step = time.monotonic() + every * INTERVALS, 0
-    cap = until + every * INTERVALS
+    cap = until + 3 * every * INTERVALS
 
-    def asked() -> int:
-        return sum(moment >= since - 1 for moment in cluster.requests("REQUEST_JOB_USER_INFO", uid))
+    def queue() -> list[float]:
+        moments = [moment for moment in cluster.requests("REQUEST_JOB_USER_INFO", uid) if moment >= since - 1]
+        return without_piled(moments, frozen[0], frozen[1], every) if len(frozen) > 1 else moments
+
+    def accounting() -> list[float]:
+        return [moment for moment in cluster.accounting.queries(uid) if moment >= since - 1]
 
     try:
-        while time.monotonic() < until or (asked() < 2 and time.monotonic() < cap):
+        while time.monotonic() < until or ((len(queue()) < 2 or not accounting()) and time.monotonic() < cap):
             step += 1
             federation.flctl("campaign", "tick")
             federation.flctl("status")
@@ -121,9 +125,7 @@ def trial(bed: Testbed, rng: random.Random, every: int) -> tuple[list[float], li
         cluster.controller.thaw()
         process.kill()
         process.communicate()
-    queue = [moment for moment in cluster.requests("REQUEST_JOB_USER_INFO", uid) if moment >= since - 1]
-    queue = without_piled(queue, frozen[0], frozen[:2][-1], every)
-    return queue, [moment for moment in cluster.accounting.queries(uid) if moment >= since - 1]
+    return queue(), accounting()
 
 
 def beside(bed: Testbed, count: int) -> None:

@@ -286,12 +286,17 @@ def ground() -> Iterator[Ground]:
         known_hosts = folder / "known_hosts"
         known_hosts.write_text(server.known_hosts_line)
         stack.callback(cluster.cancel_all)
-        yield Ground(
+        where = Ground(
             facility=facility,
             workspace=workspace,
             known_hosts=known_hosts,
             root=PurePosixPath(root / workspace.label),
         )
+        session = where.session()
+        for path in (Path(session.payload).parent, Path(session.payload)):
+            owner.folder(path)
+        session.connection.close()
+        yield where
 
 
 @contextlib.contextmanager
