@@ -3,7 +3,6 @@
 from pathlib import Path
 
 from tests.chaos import restart
-from tests.testbed import Testbed
 
 TRACE = """\
 100 10.000000 execve("/x/flctl", ["flctl"], 0x7ffd /* 5 vars */) = 0
@@ -21,10 +20,3 @@ def test_the_login_is_left_out_and_the_first_useful_action_counts() -> None:
     assert found is not None
     assert abs(found - 0.7) < 1e-6
     assert restart.elapsed("\n".join(TRACE.splitlines()[:-1]), Path("/x/points")) is None
-
-
-def test_a_killed_campaign_is_taken_up_again(testbed: Testbed) -> None:
-    """Timed by `make chaos`; here only that each restart did something useful and the campaign is right."""
-    result = restart.run(seed=1, trials=2, bed=testbed)
-    assert result.trials == 2
-    assert [note for note in result.notes if not note.endswith(" s")] == []

@@ -17,7 +17,7 @@ from tests.testbed import Testbed
 from tests.testbed.slurm import Slurm
 
 POLL = {"every": 1, "absence": 2, "claim_window": 15}
-HOUR, SAMPLE = 12 * 15, 12
+HOUR, SAMPLE = 12 * 15, 8
 """Seconds for which the controller is away."""
 CASES = tuple((how, when) for when in ("submitting", "running", "ending") for how in ("hangs", "killed"))
 

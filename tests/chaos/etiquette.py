@@ -20,7 +20,7 @@ from tests.federation import Federation
 from tests.test_cli_round_testbed import killed
 from tests.testbed import Testbed
 
-EVERY, DEFAULT = 5, 60
+EVERY, DEFAULT = 4, 60
 """Seconds between two queries, in a sample and by default."""
 INTERVALS = 4
 """For so many of them a trial lasts at least."""

@@ -16,7 +16,7 @@ from tests.testbed import Testbed
 from tests.testbed.python import PYTHON
 
 DAY = 24 * 3600
-STEP, SAMPLE_STEP = 300, 7200
+STEP, SAMPLE_STEP = 300, 14400
 """Simulated seconds between two ticks, in the full aim and in a sample."""
 ROUNDS = 2
 CASES = ("before its first login", "while its job runs")
