@@ -2,7 +2,6 @@
 
 import os
 import stat
-import threading
 from contextlib import suppress
 from pathlib import Path
 
@@ -88,21 +87,8 @@ def _held_certificates(site: Site) -> list[tuple[paramiko.AgentKey, Dates]]:
 def _agents() -> list[paramiko.AgentKey]:
     """The keys that an ssh-agent holds. paramiko.SSHException or OSError; one that was stopped, or waits for somebody
     at another screen, would keep us for ever."""
-    found: list[list[paramiko.AgentKey] | Exception] = []
-
-    def ask() -> None:
-        try:
-            found.append(list(paramiko.Agent().get_keys()))
-        except (paramiko.SSHException, OSError) as error:
-            found.append(error)
-
-    thread = threading.Thread(target=ask, name="ask ssh-agent", daemon=True)
-    thread.start()
-    thread.join(patience.AGENT)
-    answer = found[0] if found else OSError(f"it says nothing for {patience.AGENT:.0f} s")
-    if isinstance(answer, Exception):
-        raise answer
-    return answer
+    silence = f"it says nothing for {patience.AGENT:.0f} s"
+    return patience.within(patience.AGENT, lambda: list(paramiko.Agent().get_keys()), silence)
 
 
 def _is_certificate(key: paramiko.AgentKey) -> bool:

@@ -216,22 +216,11 @@ def _connected(site: Site, place: Place) -> socket.socket:
 
 def addresses(place: Place) -> list[str]:
     """Of a host's name, each once. OSError if there are none, or if no name server answers in time."""
-    found: list[list[str] | OSError] = []
-
-    def ask() -> None:
-        try:
-            entries = socket.getaddrinfo(place.host, place.port, type=socket.SOCK_STREAM)
-            found.append(list(dict.fromkeys(str(entry[4][0]) for entry in entries)))
-        except OSError as error:
-            found.append(error)
-
-    thread = threading.Thread(target=ask, name=f"resolve {place.host}", daemon=True)
-    thread.start()
-    thread.join(patience.RESOLVE)
-    answer = found[0] if found else OSError(f"no name server answered within {patience.RESOLVE:.0f} s")
-    if isinstance(answer, OSError):
-        raise answer
-    return answer
+    silence = f"no name server answered within {patience.RESOLVE:.0f} s"
+    entries = patience.within(
+        patience.RESOLVE, lambda: socket.getaddrinfo(place.host, place.port, type=socket.SOCK_STREAM), silence
+    )
+    return list(dict.fromkeys(str(entry[4][0]) for entry in entries))
 
 
 def check_jump(site: Site, known_hosts: Path) -> None:

@@ -1,6 +1,12 @@
 """Owns how long flctl waits for a site, in seconds: a peer that has fallen silent is noticed within 90, whatever was
 under way. A long quiet command is no silence: its host answers when it is asked whether it is alive."""
 
+import threading
+from collections.abc import Callable
+from typing import TypeVar
+
+Result = TypeVar("Result")
+
 CONNECT = 20
 """For one address to take a connection; for the greeting and the exchange of keys; for a channel."""
 
@@ -42,3 +48,25 @@ SLOW_WINDOW, SLOW_BYTES = 1800.0, 4 << 20
 
 PERSON = 300.0
 """For a person to answer a server's questions; most servers hang up after 120."""
+
+
+def within(seconds: float, action: Callable[[], Result], silence: str) -> Result:
+    """What an action returns or raises that nothing else bounds; OSError with the words `silence` if it has done
+    neither after so many seconds. It is then left behind in its thread."""
+    found: list[Result] = []
+    raised: list[Exception] = []
+
+    def act() -> None:
+        try:
+            found.append(action())
+        except Exception as error:
+            raised.append(error)
+
+    thread = threading.Thread(target=act, name=f"at most {seconds:.0f} s", daemon=True)
+    thread.start()
+    thread.join(seconds)
+    if raised:
+        raise raised[0]
+    if not found:
+        raise OSError(silence)
+    return found[0]
