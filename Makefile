@@ -28,8 +28,9 @@ demo: setup
 testbed-packages:
 	@$(BIN)/python -m tests.testbed packages
 
+# Three at a time, because most of them wait: see tests/conftest.py for what keeps out of each other's way.
 test: setup-test testbed-packages
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 3 --dist loadgroup --no-loadscope-reorder
 
 lint: setup-test
 	$(BIN)/ruff check flctl tests bench

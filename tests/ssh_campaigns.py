@@ -18,8 +18,7 @@ class SshCampaign(Campaign):
     def __init__(self, root: Path, *servers: Sshd, train: dict[str, Any] | None = None, **login: Any) -> None:
         self.servers = {server.name: server for server in servers}
         self.login, self.train = login, train or {}
-        if not python.PYTHON.exists():
-            python.prepare()
+        python.ready()
         super().__init__(root, tuple(self.servers))
 
     def home(self, site: str) -> Path:

@@ -213,6 +213,19 @@ def bed(testbed: Testbed) -> Iterator[Testbed]:
     testbed.user.end_processes()
 
 
+def test_the_records_of_a_controller_that_counts_from_the_beginning_again_are_all_there(tmp_path: Path) -> None:
+    records = tmp_path / "jobs.txt"
+    lines = (
+        "JobId=1001 UserId=a(1) Name=before JobState=COMPLETED\n",
+        "JobId=1001 UserId=a(1) Name=again JobState=FAILED\n",
+    )
+    records.write_text(lines[0])
+    before = len(checker.slurm_jobs(records))
+    records.write_text("".join(lines))
+    (job,) = checker.slurm_jobs(records)[before:]
+    assert (job.id, job.name, job.state) == ("1001", "again", "FAILED")
+
+
 def with_bug(bed: Testbed, bug: str, *arguments: str, cwd: Path, **env: str) -> subprocess.CompletedProcess[str]:
     program = bed.user.file(bed.user.home / "planted.py", (ROOT / "tests/chaos/planted.py").read_text())
     return bed.run(str(PYTHON), str(program), bug, *arguments, cwd=cwd, env=env, timeout=120)
@@ -223,7 +236,7 @@ def test_a_second_submission_of_one_attempt_is_found_in_slurms_own_records(bed: 
     with keys_only(bed):
         campaign = federation(bed, "no-claim")
         slurm = bed.facilities["karolina"].slurm
-        before = [job.id for job in checker.slurm_jobs(slurm.job_records)]
+        before = len(checker.slurm_jobs(slurm.job_records))
         words = ("round", "--sites", "karolina", "--rounds", "1")
         killed = with_bug(bed, "no-claim", *words, cwd=campaign.place, FLCTL_FAULT="submitted")
         assert killed.returncode == -9, killed.stdout + killed.stderr
@@ -231,7 +244,7 @@ def test_a_second_submission_of_one_attempt_is_found_in_slurms_own_records(bed: 
         ran = with_bug(bed, "no-claim", *words, cwd=campaign.place)
         assert ran.returncode == 0, ran.stdout + ran.stderr
         slurm.wait_empty()
-    jobs = {"karolina": checker.slurm_jobs(slurm.job_records, before)}
+    jobs = {"karolina": checker.slurm_jobs(slurm.job_records)[before:]}
     evidence = checker.collect(campaign.place, {"karolina": campaign.remote("karolina")}, jobs)
     found = checker.violations(evidence, versions=1, sites=["karolina"])
     assert [line for line in found if "2 jobs were submitted" in line], found

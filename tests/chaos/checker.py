@@ -88,12 +88,12 @@ def attempts_of(site: str, remote: Path) -> Iterator[Attempt]:
         )
 
 
-def slurm_jobs(records: Path, known: Collection[str] = ()) -> tuple[JobRecord, ...]:
-    """The jobs in a controller's job completion file (jobcomp/filetxt) but for those of these ids."""
+def slurm_jobs(records: Path) -> tuple[JobRecord, ...]:
+    """The jobs in a controller's job completion file (jobcomp/filetxt), as they ended. Two may have one id: a
+    controller that lost its state counts from the beginning, and the file goes on."""
     text = records.read_text() if records.exists() else ""
     found = [dict(re.findall(r"(\w+)=(\S*)", line)) for line in text.splitlines()]
-    jobs = (JobRecord(id=job["JobId"], name=job["Name"], state=job["JobState"]) for job in found if "JobId" in job)
-    return tuple(job for job in jobs if job.id not in known)
+    return tuple(JobRecord(id=job["JobId"], name=job["Name"], state=job["JobState"]) for job in found if "JobId" in job)
 
 
 def hashes(folder: Path) -> dict[str, str]:

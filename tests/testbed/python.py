@@ -1,5 +1,7 @@
 """A Python environment that every account can run: the libraries of the one running here, and flctl as a wheel."""
 
+import contextlib
+import fcntl
 import hashlib
 import os
 import shutil
@@ -7,6 +9,7 @@ import subprocess
 import sys
 import sysconfig
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 from .procs import STATE, TestbedError, call
@@ -21,13 +24,37 @@ _SITE_PACKAGES = FOLDER / "lib" / f"python{sys.version_info[0]}.{sys.version_inf
 
 def prepare() -> None:
     """Bring the environment up to date with this checkout; the checkout itself may lie where only root can look."""
+    with _alone():
+        _libraries()
+        _install_flctl()
+
+
+def ready() -> None:
+    """For those who need the libraries and some flctl: bring up to date what is not, but leave an flctl that is there,
+    because another process may be running it."""
+    with _alone():
+        if _libraries() or not FLCTL.exists():
+            _install_flctl()
+
+
+@contextlib.contextmanager
+def _alone() -> Iterator[None]:
+    STATE.mkdir(mode=0o755, parents=True, exist_ok=True)
+    with FOLDER.with_suffix(".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def _libraries() -> bool:
+    """Copy them if they have changed; whether they had."""
     source = Path(sysconfig.get_path("purelib"))
     kinds = sorted(entry.name for entry in source.glob("*.dist-info") if not entry.name.startswith("flctl-"))
     state = hashlib.sha256("\n".join([sys.version, str(_interpreter()), *kinds]).encode()).hexdigest()
-    if not _COPIED.exists() or _COPIED.read_text() != state:
-        _copy(source)
-        _COPIED.write_text(state)
-    _install_flctl()
+    if _COPIED.exists() and _COPIED.read_text() == state:
+        return False
+    _copy(source)
+    _COPIED.write_text(state)
+    return True
 
 
 def _interpreter() -> Path:
@@ -48,7 +75,6 @@ def _interpreter() -> Path:
 
 def _copy(source: Path) -> None:
     shutil.rmtree(FOLDER, ignore_errors=True)
-    STATE.mkdir(mode=0o755, parents=True, exist_ok=True)
     call([str(_interpreter()), "-m", "venv", "--without-pip", str(FOLDER)])
     _SITE_PACKAGES.rmdir()
     linked = ["cp", "-al", str(source), str(_SITE_PACKAGES)]
