@@ -10,6 +10,7 @@ from tests.testbed import Testbed
 from tests.testbed.sshd import Sshd
 
 
+@pytest.hookimpl(tryfirst=True)  # xdist reads the marks in the same hook
 def pytest_collection_modifyitems(items: Sequence[pytest.Item]) -> None:
     """What runs side by side in `make test`: the tests of the testbed one after another, those with sshds of their own
     one after another (they share accounts), the others a module at a time."""
