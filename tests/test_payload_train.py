@@ -41,7 +41,11 @@ class Ended:
 
     @property
     def rates(self) -> list[float]:
-        return [float(rate) for rate in re.findall(r" lr (\S+) ", self.log)]
+        return [line["lr"] for line in self.lines]
+
+    @property
+    def lines(self) -> list[dict[str, Any]]:
+        return [json.loads(line) for line in self.log.splitlines() if line.startswith("{")]
 
     @property
     def weights(self) -> bytes:
@@ -166,9 +170,7 @@ def dtypes(folder: Path) -> dict[str, str]:
 @pytest.mark.parametrize("signum", [signal.SIGUSR1, signal.SIGTERM])
 def test_a_signal_ends_the_run_with_a_whole_model_and_the_true_number_of_steps(signum, model, data, tmp_path):
     process = begin(tmp_path, model, data, {}, {}, steps=1_000_000)
-    seen = process.stdout.readline()
-    while " step 1/" not in seen:
-        seen += process.stdout.readline()
+    seen = until_first_step(process)
     process.send_signal(signum)
     ended = end(process, tmp_path, seen)
     assert ended.status == 0, ended.error
@@ -178,6 +180,15 @@ def test_a_signal_ends_the_run_with_a_whole_model_and_the_true_number_of_steps(s
     assert ended.metrics["samples"] == 8 * done
     assert dtypes(ended.out) == dtypes(model)
     assert ended.metrics["evaluation"]["trained"]["tokens"] > 0
+
+
+def until_first_step(process: subprocess.Popen[str]) -> str:
+    seen = ""
+    for line in process.stdout:
+        seen += line
+        if line.startswith('{"step": 1,'):
+            return seen
+    raise AssertionError(f"it ended: {process.stderr.read()}")
 
 
 def test_a_signal_before_the_first_step_is_a_failure_in_one_line(model, data, tmp_path):
@@ -219,7 +230,7 @@ def test_a_deadline_already_past_is_a_failure_in_one_line(model, data, tmp_path)
 
 def assert_refused(ended: Ended, words: str) -> None:
     assert ended.status not in (0, -signal.SIGTERM, -signal.SIGUSR1)
-    assert ended.error.startswith("train.py: error: "), ended.error
+    assert re.match(r"train\.py: error \[[a-z]+\]: ", ended.error), ended.error
     assert ended.error.count("\n") == 1, ended.error
     assert words in ended.error
     assert not (ended.out / "metrics.json").exists()
@@ -254,14 +265,14 @@ def test_a_base_without_one_of_its_tensors_is_refused(trainer, tmp_path):
     del tensors["model.norm.weight"]
     save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(trainer.Refused, match=re.escape("model.norm.weight is missing or misshapen (1 in all)")):
-        trainer.load_model(str(tmp_path), trainer.torch.device("cpu"))
+        trainer.load(str(tmp_path), trainer.read_options({}), trainer.World())
 
 
 def test_a_torn_shard_is_refused(trainer, tmp_path):
     write_tiny_model(tmp_path, seed=1)
     os.truncate(tmp_path / "model.safetensors", 100_000)
     with pytest.raises(trainer.Refused, match="cannot load the model"):
-        trainer.load_model(str(tmp_path), trainer.torch.device("cpu"))
+        trainer.load(str(tmp_path), trainer.read_options({}), trainer.World())
 
 
 def test_too_little_memory_is_refused_with_what_to_lower(model, data, tmp_path):
@@ -270,7 +281,10 @@ def test_too_little_memory_is_refused_with_what_to_lower(model, data, tmp_path):
     limit = pages * resource.getpagesize() + 2**29
     resource.prlimit(process.pid, resource.RLIMIT_AS, (limit, limit))
     write_order()
-    assert_refused(end(process, tmp_path), "out of memory with 1024 sequences of 1024 tokens: lower train.batch")
+    assert_refused(
+        end(process, tmp_path),
+        "[memory]: out of memory with 1024 sequences of 1024 tokens a pass: lower train.micro_batch",
+    )
 
 
 def test_an_unknown_option_is_refused_with_the_nearest_name(model, data, tmp_path):
@@ -283,6 +297,8 @@ def test_an_unknown_option_is_refused_with_the_nearest_name(model, data, tmp_pat
     [
         ({"lr": "1e-3"}, "train.lr is '1e-3', but should be like"),
         ({"batch": True}, "train.batch is True"),
+        ({"scaffold": True}, 'set train.optimizer = "sgd"'),
+        ({"dp_noise_multiplier": 1.0, "mu": 0.1}, "goes with neither"),
         ({"batch": 0}, "train.batch is 0, but goes from 1"),
         ({"validation": 1.0}, "train.validation is 1.0, but goes from 0.0 to 0.9"),
         ({"schedule": "cosin"}, "should be one of: cosine, linear, constant"),
@@ -295,16 +311,51 @@ def test_an_impossible_option_is_refused(trainer, given, words):
 
 def test_no_data_is_refused(trainer, tmp_path):
     (tmp_path / "picture.png").write_bytes(b"")
-    with pytest.raises(trainer.Refused, match=re.escape("no data: there is no .txt, .text, .md, .jsonl file below")):
+    with pytest.raises(
+        trainer.Refused, match=re.escape("no data: there is no .txt, .text, .md, .jsonl, .parquet file")
+    ):
         trainer.find_files(tmp_path)
     with pytest.raises(trainer.Refused, match=r"no data: .* is neither a folder nor a file"):
         trainer.find_files(tmp_path / "absent")
 
 
-def test_a_text_shorter_than_a_sequence_for_each_side_is_refused(trainer, model):
-    options, tokenizer = trainer.read_options(TRAIN), trainer.load_tokenizer(str(model))
-    with pytest.raises(trainer.Refused, match="too short: its 13 characters do not make one sequence of 64 tokens"):
-        trainer.split_text(["Poche parole."], tokenizer, options)
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Split:
+    """What a store holds, as text: the training stream and the validation stream, and the tables of rows."""
+
+    training: str
+    validation: str
+    rows: list[list[int]]
+    held: list[list[int]]
+
+
+def split(trainer: ModuleType, folder: Path, model: Path, documents: list[str], **options: Any) -> Split:
+    """Documents as text files of a data folder, made into a store."""
+    data = folder / "data"
+    data.mkdir(parents=True)
+    for place, document in enumerate(documents):
+        (data / f"{place:04}.txt").write_text(document)
+    return split_of(trainer, folder, model, data, **options)
+
+
+def split_of(trainer: ModuleType, folder: Path, model: Path, data: Path, **options: Any) -> Split:
+    tokenizer = trainer.load_tokenizer(str(model))
+    given = trainer.read_options(TRAIN | options)
+    trainer.build_store(folder / "store", "digest", trainer.find_files(data), tokenizer, given)
+    store = trainer.Store.open(folder / "store")
+    start = int(store.validation[0][0])
+    return Split(
+        training=tokenizer.decode(store.tokens[:start].tolist()).replace("<|end|>", ""),
+        validation=tokenizer.decode(store.tokens[start:].tolist()).replace("<|end|>", "\x00"),
+        rows=[store.tokens[first : first + count].tolist() for first, count, _, _ in store.training],
+        held=[store.tokens[first : first + count].tolist() for first, count, _, _ in store.validation],
+    )
+
+
+def test_a_text_shorter_than_a_sequence_for_each_side_is_refused(trainer, model, tmp_path):
+    with pytest.raises(trainer.Refused, match="too short: it does not make one sequence of 64 tokens"):
+        split(trainer, tmp_path, model, ["Poche parole."])
+    assert [path.name for path in tmp_path.iterdir()] == ["data"]
 
 
 def test_unreadable_data_is_refused_without_quoting_it(trainer, tmp_path):
@@ -316,7 +367,7 @@ def test_unreadable_data_is_refused_without_quoting_it(trainer, tmp_path):
     for name, (content, words) in cases.items():
         (tmp_path / name).write_bytes(content)
         with pytest.raises(trainer.Refused, match=re.escape(words)) as refused:
-            trainer.read_documents(tmp_path / name, "text")
+            list(trainer.read_documents(tmp_path / name, trainer.read_options({})))
         assert "segreto" not in str(refused.value)
 
 
@@ -336,39 +387,57 @@ def test_hidden_files_and_other_kinds_are_no_data(trainer, tmp_path):
     assert found == ["A.TEXT", "a/c.md", "a/d.jsonl", "b.txt"]
 
 
-def test_validation_and_training_share_no_passage_and_lose_none(trainer, model, data):
-    options = trainer.read_options(TRAIN | {"validation": 0.2})
-    tokenizer = trainer.load_tokenizer(str(model))
+def test_validation_and_training_share_no_passage_and_lose_none(trainer, model, data, tmp_path):
     documents = [path.read_text() for path in sorted(data.iterdir())]
     documents.append(documents[0])  # what stands twice must not stand on both sides
-    validation, training = trainer.split_text(documents, tokenizer, options)
-    held, trained = "".join(validation), "".join(training)
-    passages = {passage for document in documents for passage in trainer.cut_passages(document)}
-    assert {passage for passage in passages if passage in held} == set(validation)
-    assert {passage for passage in passages if passage in trained} == passages - set(validation)
-    assert len(held) + len(trained) == sum(map(len, documents))
-    assert 0.1 < len(held) / len(held + trained) < 0.3
+    made = split(trainer, tmp_path, model, documents, validation=0.2, validation_batches=0)
+    held, trained = made.validation.split("\x00")[:-1], made.training
+    passages = [passage for document in documents for passage in trainer.cut_passages(document)]
+    assert set(held) == {passage for passage in passages if trainer.Sample(passage).place < 0.2}
+    assert {passage for passage in passages if passage in trained} == set(passages) - set(held)
+    assert sum(map(len, held)) + len(trained) == sum(map(len, documents))
+    assert 0.1 < sum(map(len, held)) / sum(map(len, documents)) < 0.3
 
 
-def test_the_split_does_not_depend_on_the_order_of_the_documents(trainer, model, data):
-    options, tokenizer = trainer.read_options(TRAIN), trainer.load_tokenizer(str(model))
+def test_the_split_does_not_depend_on_the_order_of_the_documents(trainer, model, data, tmp_path):
     documents = [path.read_text() for path in sorted(data.iterdir())]
-    assert (
-        trainer.split_text(documents, tokenizer, options)[0]
-        == trainer.split_text(documents[::-1], tokenizer, options)[0]
-    )
+    one, other = (split(trainer, tmp_path / name, model, of) for name, of in (("a", documents), ("b", documents[::-1])))
+    assert one.validation == other.validation
 
 
-def test_a_small_corpus_still_gives_a_sequence_to_each_side(trainer, model):
-    options, tokenizer = trainer.read_options(TRAIN | {"validation": 0.0}), trainer.load_tokenizer(str(model))
-    validation, training = trainer.split_text(["parole " * 150], tokenizer, options)
-    assert len(validation) == len(training) == 1
+def test_a_small_corpus_still_gives_a_sequence_to_each_side(trainer, model, tmp_path):
+    made = split(trainer, tmp_path, model, ["parole " * 300], validation=0.0)
+    assert made.held
+    assert made.rows
+    assert len(made.training) + len(made.validation.replace("\x00", "")) == 7 * 300
 
 
-def test_rows_overlap_by_the_one_token_that_is_predicted_last(trainer, model):
-    tokenizer = trainer.load_tokenizer(str(model))
-    rows = list(trainer.sequences(["abcdefgh", "ijk"], tokenizer, 4))
-    assert [tokenizer.decode(row) for row in rows] == ["abcde", "efgh<|end|>", "<|end|>ijk<|end|>"]
+def test_only_as_much_validation_is_kept_as_evaluations_look_at(trainer, model, data, tmp_path):
+    documents = [path.read_text() for path in sorted(data.iterdir())] * 3
+    every = split(trainer, tmp_path / "all", model, documents, validation=0.5, validation_batches=0)
+    some = split(trainer, tmp_path / "some", model, documents, validation=0.5, validation_batches=1, batch=2)
+    assert 2 <= len(some.held) < len(every.held) / 4
+    assert every.validation.startswith(some.validation.rsplit("\x00", 2)[0])
+    assert some.training == every.training
+
+
+def test_rows_overlap_by_the_one_token_that_is_predicted_last(trainer, model, tmp_path):
+    made = split(trainer, tmp_path, model, ["parole " * 300])
+    for row, following in zip(made.rows, made.rows[1:], strict=False):
+        assert len(row) == 65
+        assert row[-1] == following[0]
+
+
+def test_no_row_comes_twice_before_the_epoch_ends_and_a_cursor_goes_on_where_it_was(trainer):
+    cursor = trainer.Cursor(10, seed=3)
+    taken = [cursor.take(4) for _ in range(5)]
+    first, second = sum(taken, [])[:10], sum(taken, [])[10:]
+    assert sorted(first) == sorted(second) == list(range(10))
+    assert first != second
+    other = trainer.Cursor(10, seed=3)
+    assert [other.take(4), other.take(4)] == taken[:2]
+    again = trainer.Cursor(10, **json.loads(json.dumps(other.card())))
+    assert [again.take(4) for _ in range(3)] == taken[2:]
 
 
 @pytest.mark.parametrize(("schedule", "last"), [("cosine", 0.1), ("linear", 0.1), ("constant", 1.0)])
