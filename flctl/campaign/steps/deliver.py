@@ -148,6 +148,7 @@ def order_json(session: Session, run: Run, configuration: Configuration) -> byte
         "steps": order.steps,
         "global_step": order.global_step,
         "total_steps": order.total_steps,
+        "continues": order.continues,
         "seed": seed_of(configuration.campaign.seed, run.site, run.number),
         "train": configuration.train | session.site.train,
         "subjects": to_data(order.subjects),
