@@ -74,7 +74,7 @@ def give(engine: "Engine", order: Order) -> Run:
     number = max((run.number for run in runs), default=0) + 1
     now = time.time()
     if order.work == Work.TRAIN:
-        order = replace(order, continues=_last_fetched(runs))
+        order = replace(order, continues=last_fetched(runs))
     job = Job(token=token_of(engine.workspace.id, order.site, number, 1))
     run = Run(number=number, order=order, job=job, created_at=now, changed_at=now)
     faults.point("order", f"{order.site}/{number}")
@@ -87,7 +87,7 @@ def give(engine: "Engine", order: Order) -> Run:
     return run
 
 
-def _last_fetched(runs: Iterable[Run]) -> int | None:
+def last_fetched(runs: Iterable[Run]) -> int | None:
     """The number of a site's last training that is here: what failed, was refused or left out is gone on from by none.
     Written into the order once, so every attempt at it goes on from the same."""
     good = [run for run in runs if run.order.work == Work.TRAIN and run.stage == Stage.FETCHED and not run.skipped]

@@ -350,7 +350,8 @@ def _sealed(
         over = is_over(job, finished)
         told = cause_of(job.state, job.reason, over=over, started=True) if last else None
         cause = cause_with_record(done, told, over=over)
-        words = f" (scheduler: {_words(job.state, job.reason)})" if told and job.state != "COMPLETED" else ""
+        plain = job.state == "COMPLETED" or (done.get("failure") and told == Cause.PROGRAM)
+        words = f" (scheduler: {_words(job.state, job.reason)})" if told and not plain else ""
         hint = f"see flctl log {run.site}, then flctl retry {run.site}"
         return _ended(run, job, cause, f"{done['reason'] or 'the job failed'}{words}", hint=hint, fenced=fenced)
     except (KeyError, TypeError, ValueError) as error:
