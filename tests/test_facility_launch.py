@@ -11,6 +11,7 @@ from flctl.errors import ConfigurationError
 from flctl.facility.launch import rank_lines
 from flctl.facility.profile import Environment, Scheduler, Shape, Site, load_site
 from flctl.facility.script import job_script
+from tests.campaigns import Campaign
 
 TEMPLATES = Path(__file__).parent.parent / "templates"
 NODES = Shape(nodes=4, ranks=4, gpus=4, cpus=32, walltime=3600)
@@ -99,3 +100,16 @@ def test_a_trainer_of_the_users_own_may_start_its_ranks_itself(tmp_path: Path) -
     text = '[scheduler]\nkind = "slurm"\n[shapes.prod]\nranks = 4\n[environment]\ntrainer = "/mine.sh"\n'
     path.write_text(f'schema = 1\nname = "here"\nconnection = "local"\n{text}')
     assert load_site(path).shape.ranks == 4
+
+
+def test_a_template_from_before_ranks_is_refused_where_there_are_several(tmp_path: Path) -> None:
+    campaign = Campaign(tmp_path, ("pisa",))
+    profile, template = campaign.place / "sites" / "pisa.toml", campaign.place / "templates" / "slurm.sh"
+    text = profile.read_text().replace('kind = "local"', 'kind = "slurm"')
+    text = text.replace("[shapes.small]", "[shapes.small]\nranks = 2")
+    profile.write_text(text.replace("[environment]", '[environment]\nlaunch = "srun"'))
+    template.write_text(template.read_text().replace("{{ranks}}", "1"))
+    ran = campaign.flctl("round", "--wait", "20s")
+    assert "asks for other processes than ranks = 2 of sites/pisa.toml" in ran.stderr
+    assert "--ntasks-per-node={{ranks}}" in ran.stderr
+    assert campaign.run("pisa")["stage"] == "ordered"

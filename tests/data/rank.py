@@ -38,7 +38,7 @@ def warned() -> bool:
 
 
 def wait(condition) -> None:  # type: ignore[no-untyped-def]
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + train.get("patience", 60)
     while not condition():
         if time.monotonic() > deadline:
             sys.exit(f"rank {rank} waited for nothing")
