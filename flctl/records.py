@@ -40,6 +40,12 @@ class Cause(StrEnum):
     """It never came into the queue, or went out of it, and nobody says why."""
     TIME = "time"
     MEMORY = "memory"
+    DIVERGED = "diverged"
+    """This one and those below the program itself named (`train.py: error [diverged]: ...`)."""
+    DATA = "data"
+    TOKENIZER = "tokenizer"
+    MODEL = "model"
+    OPTIONS = "options"
     PROGRAM = "program"
     CONFIGURATION = "configuration"
     """The job's own folder or log could not be opened, or its account is unknown there."""
@@ -110,6 +116,7 @@ class Order:
     them into a successor of `base`.
 
     `global_step` is the number of optimizer steps behind the base, `total_steps` those of the whole plan;
+    `continues` is the number of the run whose state at the site (optimizer, data cursor) a training goes on from;
     `round` is the version of the model the run is to contribute to (train), that it looks at (evaluate) or makes
     (merge), `plan` the number of the plan that asked for it."""
 
@@ -121,6 +128,7 @@ class Order:
     steps: int = 0
     global_step: int = 0
     total_steps: int = 0
+    continues: int | None = None
     subjects: tuple[Subject, ...] = ()
     merge: SiteMerge | None = None
 

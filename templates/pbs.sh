@@ -45,7 +45,14 @@ on_end() {
   record 143
 }
 
-trap 'tell USR1' USR1   # the walltime is nearly over: the program saves and ends by itself, and what it saved counts
+# The walltime is nearly over: the program saves and ends by itself, and what it saved counts. The file FLCTL_STOP says
+# it to every rank; a launcher may pass the signal on (srun, mpiexec) or not (torchrun).
+on_warning() {
+  : >stop
+  tell USR1
+}
+
+trap on_warning USR1
 trap on_end TERM
 trap 'record $?' EXIT
 

@@ -33,7 +33,7 @@ Of several, the first of 130, 1, 3, 12, 4, 5, 9, 7, 6, 8, 11 counts. With `--jso
 `audit`, `gc`, `site list`, `site show`, `site test`, `site stage`, `auth test`, `login --status`, `campaign tick`) stdout is one object: `schema_version`, `command`, `status` (`ok`, `partial`: done, but something failed on the way, `error`),
 `exit_code`, `data`, and `errors`, each with `code`, `site`, `message`, `hint`. `data` of `status` holds `campaign`, `model`
 (`version`, `path`, `sha256`, `warnings` of the gates, `privacy`), `space` (`site`, `free`, `per_round`, `rounds`), `warnings` and `runs` (`site`, `number`, `attempt`, `work`, `base`, `round`, `stage`, `held`, `job_id`, `steps`,
-`samples`, `queue_seconds`, `train_seconds`, `progress`: steps in its checkpoint, `attempts`: earlier ones, each with `cause` and `reason`, `note`); that of `round` and `campaign tick` the same with `done` and `waiting`; that of
+`samples`, `queue_seconds`, `train_seconds`, `progress`: steps in its checkpoint, `attempts`: earlier ones, each with `cause` and `reason`, `note`, of a failed one `cause` and `hint`); that of `round` and `campaign tick` the same with `done` and `waiting`; that of
 `aggregate` the model's `path`, `sha256` and `bytes`, `seconds`, `contributions` (`site`, `path`, `weight`, `coefficient`), `state`,
 `threads`, `ranks` and `notes`; that of `verify` `version`, `agrees`, `rebuilt`, and the files `differing`, `missing` and `remade`;
 that of `audit` `differences` (`file`, `round`, `what`), `notes`, `crossings` (`site`, `direction`, `round`, `kind`, `files`, `bytes`), `logins`,

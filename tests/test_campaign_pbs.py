@@ -1,6 +1,8 @@
 """Whole rounds with a site whose batch system is PBS (the double, which really runs the jobs) beside another one."""
 
 import json
+import os
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -175,6 +177,32 @@ def test_a_program_is_warned_before_the_walltime_and_what_it_saved_counts(campai
     assert answer["data"]["model"]["version"] == 1
     assert "warned" in campaign.log()
     assert campaign.pbs.exit_status(campaign.job()) == 0
+
+
+def test_both_ranks_of_mpiexec_are_warned_and_what_they_saved_counts(campaign: PbsCampaign) -> None:
+    """One of them knows SIGUSR1 only, the other the file only."""
+    campaign.pisa(trainer=TRAINER.parent / "rank.py", cpus=2)
+    profile = campaign.place / "sites" / "pisa.toml"
+    launch = 'launch = "mpiexec --oversubscribe --allow-run-as-root -n $FLCTL_RANKS"'
+    text = profile.read_text().replace("cpus = 2", "cpus = 2\nranks = 2")
+    profile.write_text(text.replace("[environment]", f"[environment]\n{launch}"))
+    process = campaign.popen("round", "--sites", "pisa")
+    campaign.wait(lambda: all(list((campaign.root / "pisa").glob(f"work/*/runs/*/up.{rank}")) for rank in (0, 1)))
+    (run,) = (campaign.remote("pisa") / "runs").iterdir()
+    os.kill(shell_of(run), signal.SIGUSR1)
+    told, _ = process.communicate(timeout=120)
+    assert process.returncode == 0, told
+    first, second = (json.loads((run / f"rank.{rank}").read_text()) for rank in (0, 1))
+    assert first["ignored"] and second["ignored"] and first["signals"] and not second["signals"] and second["file"]
+    assert ":ncpus=2:mpiprocs=2:ompthreads=1" in (run / "job.sh").read_text()
+
+
+def shell_of(run: Path) -> int:
+    """The job script's shell: it started the one that started the program."""
+    pid = int((run / "program.pid").read_text())
+    for _ in range(2):
+        pid = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+    return pid
 
 
 @pytest.mark.parametrize("history", [True, False])

@@ -177,6 +177,34 @@ def test_what_we_revoked_before_a_crash_is_finished_after_it() -> None:
     assert after_revoking(a_run(), told.job, OURS, None, "base").stage == Stage.FAILED
 
 
+def test_memory_has_one_advice_whoever_saw_it() -> None:
+    """The trainer, Slurm, or the exit status of a process that the kernel killed."""
+    ended = {"outcome": "failed", "cause": "program", "exit_status": 1, "reason": "the program exited with status 1"}
+    ours = done(**ended | {"failure": "memory", "reason": "out of GPU memory"})
+    said = [concluded(seen("FAILED", Activity.ENDED, reason="1:0"), ours)]
+    killed = seen("OUT_OF_MEMORY", Activity.ENDED, reason="0:125")
+    said += [concluded(killed, record) for record in (done(**ended), None)]
+    said += [concluded(seen("FAILED", Activity.ENDED, reason="137:0"), done(**ended | {"exit_status": 137}))]
+    assert {(failure.cause, failure.hint) for failure in said} == {(MEMORY, said[0].hint)}
+    assert said[0].message.startswith("out of GPU memory") and "micro_batch" in said[0].hint
+    assert all("memory" in failure.message for failure in said)
+
+
+@pytest.mark.parametrize(
+    ("failure", "cause"),
+    [(kind, Cause(kind)) for kind in ("memory", "diverged", "data", "tokenizer", "model", "options", "time")]
+    + [(kind, Cause.PROGRAM) for kind in ("", "lost", "queue full", "strange", 7, None, ["memory"])],
+)
+def test_a_class_that_the_program_named_is_the_cause(failure: Any, cause: Cause) -> None:
+    """Only those that a program may name; what a site writes there is data."""
+    record = done(outcome="failed", cause="program", exit_status=1, reason="words", failure=failure)
+    said = verdict(a_run(), evidence(owner=OWNER, done=record)).failure
+    assert said.cause == cause
+    assert ("then flctl retry brno" in said.hint) and (cause == PROGRAM) == said.hint.startswith("see flctl log")
+    told = verdict(a_run(), evidence(seen=(TIMEOUT,), owner=OWNER, done=record)).failure
+    assert told.cause == TIME, "what the scheduler says is stronger"
+
+
 def test_a_record_that_appears_while_revoking_still_counts() -> None:
     assert after_revoking(a_run(), a_run().job, OWNER, done(), "base").stage == Stage.ENDED
 

@@ -29,10 +29,12 @@ from flctl.facility.script import (
     render,
     shell_word,
 )
+from tests.testbed.procs import wait_until
 
 ROOT = Path(__file__).parent.parent
 TEMPLATES = ROOT / "templates"
 PAYLOAD = ROOT / "flctl" / "payload"
+RANK = ROOT / "tests" / "data" / "rank.py"
 
 SITE = Site(
     schema=1,
@@ -328,6 +330,7 @@ class Job:
         *,
         name: str = "it's here",
         data: str = "/data of mine",
+        shape: Shape | None = None,
     ) -> None:
         self.root = folder / name
         self.run = self.root / "runs" / "0001-1"
@@ -341,7 +344,8 @@ class Job:
         (self.run / "order.json").write_text(json.dumps(order))
         for pipe in ("said", "go"):
             os.mkfifo(self.run / pipe)
-        site = replace(SITE, scheduler=Scheduler(kind="local"), environment=environment)
+        shapes = {"prod": shape} if shape else SITE.shapes
+        site = replace(SITE, scheduler=Scheduler(kind="local"), environment=environment, shapes=shapes)
         (self.run / "job.sh").write_text(script(site, str(self.root), data))
 
     @contextmanager
@@ -453,6 +457,38 @@ def test_a_program_that_knows_no_warning_is_not_killed_by_it(tmp_path: Path) -> 
             process.send_signal(signal.SIGUSR1)
         (it.run / "go").write_text("on")
         assert process.wait(30) == 0, it.log
+    assert it.done()["outcome"] == "done"
+
+
+def test_the_warning_makes_the_file_that_every_rank_may_look_for(tmp_path: Path) -> None:
+    """Ranks start with USR1 ignored, whatever their launcher does about it: `env` here resets it, as srun does."""
+    looks = (
+        "import time\nready(str(signal.getsignal(signal.SIGUSR1) == signal.SIG_IGN))\nstop = os.environ['FLCTL_STOP']\n"
+    )
+    looks += "while not os.path.exists(stop): time.sleep(0.02)\nsave()\n"
+    it = job(tmp_path, TRAINER + looks, launch="env --default-signal=USR1")
+    with it.started() as process:
+        assert it.hear() == "True"
+        assert not (it.run / "stop").exists()
+        process.send_signal(signal.SIGUSR1)
+        assert process.wait(30) == 0, it.log
+    assert it.done()["outcome"] == "done"
+
+
+def test_both_ranks_of_mpiexec_are_warned(tmp_path: Path) -> None:
+    """One knows the signal only, the other the file only."""
+    launch = "mpiexec --oversubscribe --allow-run-as-root -n $FLCTL_RANKS"
+    environment = Environment(python=sys.executable, launch=launch)
+    it = Job(tmp_path, RANK.read_text(), environment, shape=Shape(walltime=600, ranks=2, cpus=2))
+    (it.root / "models" / "0003" / "model.safetensors").write_text("weights")
+    with it.started() as process:
+        for rank in (0, 1):
+            wait_until(lambda rank=rank: (it.run / f"up.{rank}").exists() or process.poll() is not None, f"rank {rank}")
+        process.send_signal(signal.SIGUSR1)
+        assert process.wait(60) == 0, it.log
+    first, second = (json.loads((it.run / f"rank.{rank}").read_text()) for rank in (0, 1))
+    assert first["ignored"] and second["ignored"] and first["signals"] and not second["signals"] and second["file"]
+    assert (first["environment"]["FLCTL_RANKS"], first["environment"]["OMP_NUM_THREADS"]) == ("2", "1")
     assert it.done()["outcome"] == "done"
 
 

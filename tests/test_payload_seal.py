@@ -172,6 +172,38 @@ def test_the_trainers_own_words_are_in_the_reason(place: Place) -> None:
     assert "train.py: error: the loss is not a number" in place.done["reason"]
 
 
+@pytest.mark.parametrize(
+    ("log", "failure", "reason"),
+    [
+        ("train.py: error [memory]: out of GPU memory", "memory", "out of GPU memory"),
+        ("flctl: error [diverged]: the loss is nan\nTraceback\n", "diverged", "the loss is nan"),
+        ("0: train.py: error [data]: of rank 0\n3: train.py: error [data]: of rank 3", "data", "of rank 3"),
+        ("[1,2]<stderr>:train.py: error [time]: no step", "time", "no step"),
+        ("[default1]:train.py: error [model]: unknown", "model", "unknown"),
+        ("train.py: error [memory]: why\ntrain.py: error: a rank is gone", "memory", "why"),
+        ("train.py: error [options]: a\x1b[2Jb\x07", "options", "a[2Jb"),
+        ("flctl: error [Not One]: words", "", "the program exited with status 3"),
+        ("I saw train.py: error [memory]: words", "", "the program exited with status 3"),
+        ("flctl: error: words", "", "the program exited with status 3: flctl: error: words"),
+    ],
+)
+def test_the_class_of_failure_that_a_program_names_is_recorded(
+    place: Place, log: str, failure: str, reason: str
+) -> None:
+    """Of several ranks the last that names one; a launcher may write the rank in front."""
+    place.start()
+    (place.run / "log").write_text(f"step 1\n{log}\n")
+    place.finish(3)
+    assert (place.done["failure"], place.done["reason"], place.done["cause"]) == (failure, reason, "program")
+
+
+def test_a_job_that_was_ended_from_outside_failed_of_no_class(place: Place) -> None:
+    place.start()
+    (place.run / "log").write_text("train.py: error [time]: told to end\n")
+    place.finish(143, "TERM")
+    assert (place.done["failure"], place.done["cause"]) == ("", "signal")
+
+
 def test_the_first_record_stands(place: Place) -> None:
     place.start()
     place.train()

@@ -63,7 +63,7 @@ FINGERPRINTS: dict[str, tuple[set[str], set[str]]] = {
 DIRECTIVES = {
     "aurora": ("#PBS -l filesystems=home:flare", "#PBS -l place=scatter", "#PBS -l select=1"),
     "delta": ("#SBATCH --mem=58g", "#SBATCH --gpus-per-node=1"),
-    "frontier": ("#SBATCH --partition=extended", "#SBATCH --cpus-per-task=56"),
+    "frontier": ("#SBATCH --partition=extended", "#SBATCH --ntasks-per-node=8", "#SBATCH --cpus-per-task=7"),
     "jupiter": ("#SBATCH --gres=gpu:4",),
     "juwels-booster": ("#SBATCH --gres=gpu:4",),
     "karolina": ("#SBATCH --gpus-per-node=1", "#SBATCH --cpus-per-task=16"),

@@ -46,6 +46,28 @@ UNDER_ZERO: Mapping[int, Cause] = MappingProxyType(
 )
 """PBS's own exit statuses; every other negative one means that the job never ran properly, for no fault of its own."""
 
+NAMED: Mapping[str, Cause] = MappingProxyType(
+    {
+        cause.value: cause
+        for cause in (Cause.MEMORY, Cause.DIVERGED, Cause.DATA, Cause.TOKENIZER, Cause.MODEL, Cause.OPTIONS, Cause.TIME)
+    }
+)
+"""The classes of failure that a program may name in its last line."""
+
+REMEDIES: Mapping[Cause, str] = MappingProxyType(
+    {
+        Cause.MEMORY: 'try a smaller micro_batch, activation_checkpointing = true or sharding = "full" in [train] of '
+        "sites/{site}.toml, or more memory (gpus, ranks, nodes) in its shape",
+        Cause.DIVERGED: "try a smaller lr, more warmup_steps or a smaller clip in [train] of flctl.toml",
+        Cause.DATA: "correct the data that storage.data of sites/{site}.toml names, or that path",
+        Cause.TOKENIZER: "install what the model's tokenizer needs at {site}, or begin with one whose tokenizer fits",
+        Cause.MODEL: "install what the model needs (transformers) in the environment of sites/{site}.toml",
+        Cause.OPTIONS: "correct [train] of flctl.toml or of sites/{site}.toml",
+        Cause.TIME: "a longer walltime in sites/{site}.toml, or fewer steps in [train] of flctl.toml",
+    }
+)
+"""What to try before `flctl retry`."""
+
 STRONGER = frozenset(set(Cause) - {Cause.PROGRAM, Cause.CONFIGURATION, Cause.REFUSED})
 """What the scheduler says that explains a program's bad end better than the program does."""
 
@@ -132,6 +154,8 @@ def cause_with_record(done: Mapping[str, Any], told: Cause | None, *, over: bool
         return told
     if done.get("cause") == "base":
         return Cause.INFRASTRUCTURE
+    if named := NAMED.get(str(done.get("failure"))):
+        return named
     if done.get("cause") == "signal" or done.get("exit_status") == SIGTERM_STATUS:
         return Cause.TIME if over else Cause.CANCELLED_BY_OTHER
     return Cause.MEMORY if done.get("exit_status") == SIGKILL_STATUS else Cause.PROGRAM
@@ -147,6 +171,12 @@ def is_over(job: Job, moment: float | None) -> bool:
     if limit is None and job.started_at is not None and job.walltime is not None:
         limit = job.started_at + job.walltime
     return moment is not None and limit is not None and moment >= limit - SLACK
+
+
+def remedy(cause: Cause, site: str) -> str:
+    """What to type after a failure."""
+    words = REMEDIES.get(cause)
+    return f"{words.format(site=site)}, then flctl retry {site}" if words else ""
 
 
 def advice(job: Job, site: str) -> str:

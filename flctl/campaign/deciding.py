@@ -1,6 +1,7 @@
 """Owns deciding for the campaign: ask the policy, make the models that it names, give its orders."""
 
 import time
+from collections.abc import Iterable
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -12,7 +13,7 @@ from flctl.campaign.merging import merge_model
 from flctl.campaign.workspace import Workspace
 from flctl.errors import FlctlError, Interrupted
 from flctl.policy import POLICIES, Decision, View
-from flctl.records import Job, Merge, Order, Plan, Run, Stage, token_of
+from flctl.records import Job, Merge, Order, Plan, Run, Stage, Work, token_of
 
 if TYPE_CHECKING:
     from flctl.campaign.engine import Engine
@@ -69,8 +70,11 @@ def _merge(engine: "Engine", merge: Merge, configuration: Configuration, plan: P
 
 def give(engine: "Engine", order: Order) -> Run:
     """Write an order as a new run, due at once."""
-    number = max((run.number for run in engine.workspace.runs(order.site)), default=0) + 1
+    runs = engine.workspace.runs(order.site)
+    number = max((run.number for run in runs), default=0) + 1
     now = time.time()
+    if order.work == Work.TRAIN:
+        order = replace(order, continues=last_fetched(runs))
     job = Job(token=token_of(engine.workspace.id, order.site, number, 1))
     run = Run(number=number, order=order, job=job, created_at=now, changed_at=now)
     faults.point("order", f"{order.site}/{number}")
@@ -81,6 +85,13 @@ def give(engine: "Engine", order: Order) -> Run:
     )
     faults.point("ordered", f"{order.site}/{number}")
     return run
+
+
+def last_fetched(runs: Iterable[Run]) -> int | None:
+    """The number of a site's last training that is here: what failed, was refused or left out is gone on from by none.
+    Written into the order once, so every attempt at it goes on from the same."""
+    good = [run for run in runs if run.order.work == Work.TRAIN and run.stage == Stage.FETCHED and not run.skipped]
+    return max((run.number for run in good), default=None)
 
 
 def view_of(workspace: Workspace, configuration: Configuration) -> View | None:

@@ -40,6 +40,8 @@ def run_row(run: Run, contact: Contact) -> dict[str, Any]:
         "progress": job.progress,
         "attempts": to_data(run.past),
         "note": _note(run),
+        "cause": run.failure.cause if run.failure else None,
+        "hint": run.failure.hint if run.failure else "",
     }
 
 

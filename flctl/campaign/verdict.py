@@ -13,7 +13,7 @@ import re
 from dataclasses import dataclass, replace
 from typing import Any
 
-from flctl.campaign.causes import cause_of, cause_with_record, is_over, unexplained
+from flctl.campaign.causes import cause_of, cause_with_record, is_over, remedy, unexplained
 from flctl.campaign.testimony import numbers_only
 from flctl.facility.scheduler import UNNAMED, Activity, Seen
 from flctl.records import Cause, Contribution, Failure, FileEntry, Held, Job, Run, Stage, Work
@@ -201,9 +201,12 @@ def _ended(run: Run, job: Job, cause: Cause, message: str, *, hint: str, fenced:
         message += (
             f": its folder or log could not be used there (quota, permissions?), or sites/{run.site}.toml is wrong"
         )
-    if cause == Cause.MEMORY:
+    if cause == Cause.MEMORY and "out of" not in message.lower():
         message += "; most likely out of memory"
-        hint = f"more memory or less per step in sites/{run.site}.toml, then flctl retry {run.site}"
+    if run.order.work != Work.MERGE:
+        hint = remedy(cause, run.site) or hint
+    elif cause == Cause.MEMORY:
+        hint = f"more memory in the shape of sites/{run.site}.toml, then flctl retry {run.site}"
     if cause == Cause.CANCELLED_BY_OTHER and job.cancelled_by in (None, 0) and (fenced or _launched_twice(job)):
         cause, message = Cause.INFRASTRUCTURE, f"{message}, of a second launch"
     if cause == Cause.CANCELLED_BY_OTHER and job.revoked:
@@ -347,7 +350,8 @@ def _sealed(
         over = is_over(job, finished)
         told = cause_of(job.state, job.reason, over=over, started=True) if last else None
         cause = cause_with_record(done, told, over=over)
-        words = f" (scheduler: {_words(job.state, job.reason)})" if told and job.state != "COMPLETED" else ""
+        plain = job.state == "COMPLETED" or (done.get("failure") and told == Cause.PROGRAM)
+        words = f" (scheduler: {_words(job.state, job.reason)})" if told and not plain else ""
         hint = f"see flctl log {run.site}, then flctl retry {run.site}"
         return _ended(run, job, cause, f"{done['reason'] or 'the job failed'}{words}", hint=hint, fenced=fenced)
     except (KeyError, TypeError, ValueError) as error:

@@ -94,8 +94,9 @@ def _print_runs(workspace: Workspace, runs: tuple[Run, ...], data: dict[str, Any
         grid.show()
     for run in failed_runs(workspace):
         if run.failure is not None and not run.skipped:
+            retry = f"flctl retry {run.site}"
             print(f"{run.site}: run {run.number:04d} failed: {run.failure.message}")
-            print(f"  -> flctl retry {run.site}, or {alternative(workspace, run)}")
+            print(f"  -> {run.failure.hint if retry in run.failure.hint else retry}, or {alternative(workspace, run)}")
 
 
 def _print_sites(workspace: Workspace, runs: tuple[Run, ...], data: dict[str, Any]) -> None:

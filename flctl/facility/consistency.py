@@ -12,6 +12,7 @@ if TYPE_CHECKING:
 SLURM_OURS = frozenset(
     {"job-name", "requeue", "no-requeue", "output", "error", "open-mode", "signal", "array", "wait", "wrap", "chdir"}
     | {"parsable", "test-only", "account", "partition", "qos", "reservation", "nodes", "time", "dependency"}
+    | {"ntasks-per-node"}
 )
 """Options of sbatch that the job template gives itself; a second one would break the claim, the log or the record."""
 
@@ -21,7 +22,7 @@ PBS_OURS = frozenset("NrojeJVASqazh") | {"l walltime", "l select", "l place", "l
 
 def contradictions(site: "Site") -> list[str]:
     """What is wrong between values that are each right, as lines that begin with the key."""
-    return [*_names(site), *_login(site), *_scheduler(site), *_signing(site), *_elsewhere(site)]
+    return [*_names(site), *_login(site), *_scheduler(site), *_ranks(site), *_signing(site), *_elsewhere(site)]
 
 
 def _names(site: "Site") -> Iterator[str]:
@@ -75,6 +76,24 @@ def _scheduler(site: "Site") -> Iterator[str]:
         reservation = table.reservation  # type: ignore[attr-defined]
         if reservation.end and reservation.start >= reservation.end:
             yield f"{dotted((*place, 'reservation', 'end'))}: is not after its start"
+
+
+def _ranks(site: "Site") -> Iterator[str]:
+    """A shape asks for processes, environment.launch starts them; a trainer of the user's own may do so itself."""
+    environment, words = site.environment, site.environment.launch.split()
+    for name, shape in site.shapes.items():
+        if shape.cpus % shape.ranks:
+            here = dotted(("shapes", name, "cpus"))
+            yield f"{here}: {shape.cpus} per node cannot be shared evenly by ranks = {shape.ranks}"
+    used = site.shapes.get(site.scheduler.shape)
+    if used and used.nodes * used.ranks > 1 and not (words or environment.trainer):
+        yield (
+            f"environment.launch: must say what starts the {used.nodes * used.ranks} processes of "
+            f"{dotted(('shapes', site.scheduler.shape))}, such as "
+            '"srun" or "mpiexec -n $FLCTL_RANKS" (docs/sites.md)'
+        )
+    if any(word.rpartition("/")[2] == "torchrun" for word in words) and "--no-python" not in words:
+        yield "environment.launch: torchrun needs --no-python, since environment.python follows it (docs/sites.md)"
 
 
 def _option(option: str, kind: str) -> Iterator[str]:

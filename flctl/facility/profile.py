@@ -121,11 +121,13 @@ class Reservation:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Shape:
-    """Named resources of a job: `gpus` per node, `cpus` per node (0: the scheduler's default), `walltime` in seconds.
+    """Named resources of a job: `ranks` (processes, which environment.launch starts), `gpus` and `cpus` (0: the
+    scheduler's default) per node; `walltime` in seconds.
     `select` replaces the select statement of PBS; `dependency`: jobs to wait for, as the scheduler writes it.
     What is empty comes from the scheduler's table."""
 
     nodes: Annotated[int, between(1, 100_000)] = 1
+    ranks: Annotated[int, between(1, 1024)] = 1
     gpus: Annotated[int, between(0, 64)] = 0
     cpus: Annotated[int, between(0, 4096)] = 0
     walltime: kinds.Seconds = 3600
@@ -139,6 +141,11 @@ class Shape:
     place: kinds.Resources = ""
     filesystems: kinds.Resources = ""
     extra: tuple[kinds.Option, ...] = ()
+
+    @property
+    def cpus_per_rank(self) -> int:
+        """0: the scheduler's default."""
+        return self.cpus // self.ranks
 
     @property
     def warning(self) -> int:

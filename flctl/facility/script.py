@@ -7,20 +7,17 @@ from dataclasses import dataclass
 from pathlib import PurePosixPath
 
 from flctl.errors import ConfigurationError
-from flctl.facility.profile import Shape, Site
+from flctl.facility.launch import ignoring, launch_words, rank_lines, select
+from flctl.facility.profile import Site
+from flctl.facility.shell import Plain
 from flctl.facility.table import nearest
 
 PLACEHOLDER = re.compile(r"\{\{\s*([^{}\s]*)\s*\}\}")
 DIRECTIVE = re.compile(r"#(?:SBATCH|PBS)\s")
 COMMENT = re.compile(r"\s*#(?!(?:SBATCH|PBS)\s)")
 PROXIES = ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY")
+RENDEZVOUS = ("MASTER_ADDR", "MASTER_PORT", "OMP_NUM_THREADS")
 DIRECTIVE_VALUE = re.compile(r"[A-Za-z0-9_.,:/@+=-]*")
-
-
-class Plain(str):
-    """A shell word in which everything means itself, `$` too."""
-
-    __slots__ = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,40 +109,31 @@ def job_values(
         "filesystems": shape.filesystems,
         "nodes": str(shape.nodes),
         "gpus": str(shape.gpus or ""),
-        "cpus": str(shape.cpus or ""),
+        "ranks": str(shape.ranks),
+        "cpus": str(shape.cpus_per_rank or ""),
         "walltime": clock(shape.walltime, days=site.scheduler.kind != "pbs"),
         "walltime_seconds": str(shape.walltime),
         "warning": str(shape.warning),
         "directives": Lines(tuple(f"{sign} {option}" for option in shape.extra)),
-        "environment": Lines(tuple(environment_lines(site))),
+        "environment": Lines((*rank_lines(site), *environment_lines(site))),
         "seal_python": environment.seal_python,
         "signing_key": Words((site.signing.key,)),
-        "launch": Words(tuple(environment.launch.split())),
-        "container": Words(container_words(site, workdir, data)),
+        "launch": Words(launch_words(site)),
+        "container": Words((*container_words(site, workdir, data), *ignoring(site))),
         "python": Words((environment.python,)),
         "trainer": Words((environment.trainer,)) if environment.trainer else f"{payload}/train.py",
     }
 
 
-def select(shape: Shape) -> str:
-    """The select statement of PBS (pbs_resources(7B)): so many chunks, a node each."""
-    parts = [f"{name}={count}" for name, count in (("ncpus", shape.cpus), ("ngpus", shape.gpus)) if count]
-    return shape.select or ":".join([str(shape.nodes), *parts])
-
-
 def container_words(site: Site, *folders: object) -> tuple[str, ...]:
     """The words in front of python that run it in the site's container, if there is one. `folders` are bound besides
-    those of the profile; ConfigurationError for one that --bind cannot name.
-
-    What runs in it begins with USR1 ignored, as outside: Apptainer passes signals on, but starts what is inside with
-    the default answer to each, and that of USR1 is to end."""
+    those of the profile; ConfigurationError for one that --bind cannot name."""
     container = site.environment.container
     if not container.program:
         return ()
     bound = [*(Plain(_bindable(site, str(folder))) for folder in folders), *(_bind(site, b) for b in container.binds)]
     binds = [word for folder in bound for word in ("--bind", folder)]
-    ignoring = ("/bin/sh", "-c", Plain("trap '' USR1; exec \"$@\""), "flctl")
-    return (container.program, "exec", *container.gpu.split(), *binds, *container.options, container.image, *ignoring)
+    return (container.program, "exec", *container.gpu.split(), *binds, *container.options, container.image)
 
 
 def _bind(site: Site, bind: str) -> str:
@@ -194,7 +182,7 @@ def environment_lines(site: Site) -> list[str]:
 def _passed_on(program: str, exports: Iterable[str]) -> str:
     """The line that lets the job's variables win over those of the image, and reach the program also with --cleanenv
     (see "Environment and Metadata" in Apptainer's guide). PATH and the like are the image's own."""
-    names = ("PYTHONUNBUFFERED", "TOKENIZERS_PARALLELISM", "HF_HUB_OFFLINE", *PROXIES, *exports)
+    names = ("PYTHONUNBUFFERED", "TOKENIZERS_PARALLELISM", "HF_HUB_OFFLINE", *PROXIES, *RENDEZVOUS, *exports)
     passed = " ".join(name for name in dict.fromkeys(names) if name not in ("PATH", "LD_LIBRARY_PATH", "HOME"))
     export = f'export "{program.upper()}ENV_$name=${{!name}}"'
     return f'for name in "${{!FLCTL_@}}" {passed}; do [ -z "${{!name+x}}" ] || {export}; done'

@@ -14,6 +14,12 @@ COMPLAINTS_MOST, LINE_MOST = 1 << 16, 1000
 """Letters of a program's standard error, and of a line of it, that are read."""
 
 
+class Plain(str):
+    """A shell word in which everything means itself, `$` too."""
+
+    __slots__ = ()
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Answer:
     """What one command of a program said."""

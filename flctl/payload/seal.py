@@ -27,8 +27,14 @@ SCHEMA = 1
 NOT_OWNER = 75
 WRONG_BASE = 76
 CHUNK = 1 << 20
-SAME_TASK = ("campaign_id", "site", "number", "work", "base", "steps", "global_step", "total_steps", "seed", "train")
+SAME_TASK = (
+    *("campaign_id", "site", "number", "work", "base", "steps", "global_step", "total_steps", "seed", "train"),
+    "continues",
+)
 METRICS_MOST = 1 << 18
+ERROR = re.compile(
+    r"(?:\d{1,6}: |\[[\w,.]{1,40}\](?:<\w{1,8}>)?: ?)?((?:train\.py|flctl): error(?: \[([a-z]{1,20})\])?: (.*))"
+)
 RESERVE = "reserve"
 RESERVED = 2 * METRICS_MOST
 NAMESPACE = "flctl-manifest"
@@ -294,6 +300,7 @@ def environment(options, order, model, subjects, began):
         ("FLCTL_STATE", state),
         ("FLCTL_CHECKPOINT", take_checkpoint(options.run, order)),
         ("FLCTL_FROZEN", ""),
+        ("FLCTL_STOP", os.path.join(options.run, "stop")),
         ("FLCTL_ORDER", os.path.join(options.run, "order.json")),
         ("FLCTL_STEPS", order["steps"]),
         ("FLCTL_GLOBAL_STEP", order["global_step"]),
@@ -306,17 +313,21 @@ def environment(options, order, model, subjects, began):
 
 
 def last_error(run):
-    """The last line of the job's log that is meant for the record. Others stay at the site: they may quote data."""
+    """(class, line) of what the job's log says for the record: the last line that names the class of its failure, else
+    the last one that names none. Others stay at the site: they may quote data. Each rank may have written one, and a
+    launcher its rank in front of it ("1: ", "[1,0]<stdout>:", "[rank0]:")."""
     try:
         with open(os.path.join(run, "log"), "rb") as file:
             file.seek(max(0, os.path.getsize(file.name) - 65536))
             lines = file.read().decode("utf-8", "replace").splitlines()
     except OSError:
-        return ""
-    for line in reversed(lines):
-        if re.match(r"(train\.py|flctl): error: ", line):
-            return "".join(c for c in line if c.isprintable())[:300]
-    return ""
+        return "", ""
+    found = [match for match in map(ERROR.match, lines) if match]
+    if not found:
+        return "", ""
+    match = ([match for match in found if match.group(2)] or found)[-1]
+    kind, text = match.group(2) or "", match.group(3) if match.group(2) else match.group(1)
+    return kind, "".join(c for c in text if c.isprintable())[:300]
 
 
 def only_numbers(value, depth=0):
@@ -330,16 +341,24 @@ def only_numbers(value, depth=0):
 
 
 def judge(options, order, metrics, files):
-    """The reason why this attempt failed; empty if it did what was ordered."""
+    """(the reason why this attempt failed, the class of failure that the program named); empty if it did what was
+    ordered."""
     if options.signal:
-        return "ended by SIG%s (cancelled, preempted or over the time limit)" % options.signal
+        return "ended by SIG%s (cancelled, preempted or over the time limit)" % options.signal, ""
     if options.status != 0:
         problem = os.path.join(options.run, "problem")
         if os.path.exists(problem):
             with open(problem) as file:
-                return file.read()[:300]
-        said = last_error(options.run)
-        return "the program exited with status %d%s" % (options.status, ": " + said if said else "")
+                return file.read()[:300], ""
+        kind, said = last_error(options.run)
+        if kind:
+            return said, kind
+        return "the program exited with status %d%s" % (options.status, ": " + said if said else ""), ""
+    return shortcoming(order, metrics, files), ""
+
+
+def shortcoming(order, metrics, files):
+    """What a program that exited with status 0 did not leave behind."""
     if not isinstance(metrics, dict):
         return "the program wrote no metrics.json"
     if len(json.dumps(metrics)) > METRICS_MOST:
@@ -375,7 +394,7 @@ def finish(options):
     out = os.path.join(options.run, "out")
     metrics = only_numbers(read_json(os.path.join(out, "metrics.json")))
     files = [] if options.status != 0 or options.signal else files_below(out)
-    reason = judge(options, order, metrics, files)
+    reason, failure = judge(options, order, metrics, files)
     if reason and is_full(options.run):
         reason += "; there is no room left for its files (disk full, or quota)"
     remove(os.path.join(options.run, RESERVE))
@@ -394,6 +413,7 @@ def finish(options):
             "outcome": "failed" if reason else "done",
             "reason": reason,
             "cause": cause_of(options, reason),
+            "failure": failure,
             "progress": progress_of(options.run),
             "exit_status": options.status,
             "base": base,

@@ -1,8 +1,8 @@
 """A trainer that is not PyTorch: a small user of the job contract, for tests of everything around it.
 
-`train.behave` of the order says what it does: good | fail | nan | shape | missing | hang | silent | die (with every
-process of its job); `train.scale` how far it goes at random, `train.shift` how far all values go in one direction;
-`train.step_seconds`: how long a step takes, each saved in its checkpoint."""
+`train.behave` of the order says what it does: good | fail (`train.says` is its last line) | nan | shape | missing |
+hang | silent | die (with every process of its job); `train.scale` how far it goes at random, `train.shift` how far all
+values go in one direction; `train.step_seconds`: how long a step takes, each saved in its checkpoint."""
 
 import json
 import os
@@ -24,7 +24,7 @@ if order["work"] == "evaluate":
     (out / "metrics.json").write_text(json.dumps({"evaluation": scores, "seconds": 0.1, "device": "cpu"}))
     sys.exit(0)
 if behave == "fail":
-    print("flctl: error: the data is spoilt", flush=True)
+    print(order["train"].get("says", "flctl: error: the data is spoilt"), flush=True)
     sys.exit(3)
 if behave == "hang":
     time.sleep(3600)

@@ -38,6 +38,7 @@ def ordered(run: Run, text: str, *, plan: int, configuration: Configuration) -> 
             steps=_whole(order["steps"]),
             global_step=_whole(order["global_step"]),
             total_steps=_whole(order["total_steps"]),
+            continues=None if order.get("continues") is None else _whole(order["continues"]),
             subjects=tuple(from_data(Subject, item) for item in order.get("subjects", [])),
             merge=from_data(SiteMerge, order["merge"]) if "merge" in order else None,
         )

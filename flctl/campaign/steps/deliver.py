@@ -103,19 +103,29 @@ def render_job(session: Session, run: Run) -> str:
         now=time.time(),
         program=session.merger if merges else None,
     )
-    if merges and str(session.merger) not in script:
-        template = session.workspace.root / "templates" / f"{session.site.scheduler.kind}.sh"
+    _check_script(session, run, script)
+    return script
+
+
+def _check_script(session: Session, run: Run, script: str) -> None:
+    """ConfigurationError unless the campaign's template, which may be an older one, does what its profile asks for."""
+    site = session.site
+    template, ranks = session.workspace.root / "templates" / f"{site.scheduler.kind}.sh", site.shape.ranks
+    if run.order.work == Work.MERGE and str(session.merger) not in script:
         raise ConfigurationError(
             f"{template} names no {{{{trainer}}}}, so its jobs cannot merge",
             hint='put it where the program is run, or merge here: aggregate_at = "" in flctl.toml',
         )
-    if session.site.signing.signers and " --sign " not in script:
+    if site.signing.signers and " --sign " not in script:
         raise ConfigurationError(
-            f"{session.workspace.root / 'templates' / session.site.scheduler.kind}.sh signs no records, and "
-            f"sites/{run.site}.toml pins who must",
+            f"{template} signs no records, and sites/{run.site}.toml pins who must",
             hint="let it call seal.py finish with --sign {{signing_key}}, as the template that flctl ships does",
         )
-    return script
+    if site.scheduler.kind == "slurm" and ranks > 1 and f"--ntasks-per-node={ranks}\n" not in script:
+        raise ConfigurationError(
+            f"{template} asks for other processes than ranks = {ranks} of sites/{run.site}.toml",
+            hint="put #SBATCH --ntasks-per-node={{ranks}} there, as the template that flctl ships has it",
+        )
 
 
 def read_template(folder: Path, kind: str) -> str:
@@ -148,6 +158,7 @@ def order_json(session: Session, run: Run, configuration: Configuration) -> byte
         "steps": order.steps,
         "global_step": order.global_step,
         "total_steps": order.total_steps,
+        "continues": order.continues,
         "seed": seed_of(configuration.campaign.seed, run.site, run.number),
         "train": configuration.train | session.site.train,
         "subjects": to_data(order.subjects),
