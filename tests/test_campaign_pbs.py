@@ -37,7 +37,6 @@ data = "{home}/data"
 [environment]
 python = "{python}"
 seal_python = "{python}"
-trainer = "{trainer}"
 
 [poll]
 every = 1
@@ -45,6 +44,7 @@ absence = 1
 claim_window = 3
 
 [train]
+command = "{trainer}"
 {train}
 """
 
