@@ -49,7 +49,11 @@ class OwnCampaign(Campaign):
         text = PROFILE.format(
             name=name, home=self.root / name, python=sys.executable, trainer="", walltime="00:10:00", train=""
         )
-        (self.root / f"{name}.toml").write_text(text.replace('command = ""\n', ""))
+        (self.root / f"{name}.toml").write_text(
+            text.replace('command = ""\n', "").replace(
+                "[environment]\n", '[environment]\nexports = {OMP_NUM_THREADS = "1"}\n'
+            )
+        )
 
     def metrics(self, site: str, number: int) -> dict[str, dict[str, float]]:
         found: dict[str, dict[str, float]] = self.run(site, number)["contribution"]["metrics"]["evaluation"]
