@@ -169,7 +169,7 @@ def loss_of(folder: Path, rows: Path, task: Task) -> float:
     return total / count
 
 
-def show(task: Task, parameters: int, runs: dict[str, list[Done]], before: dict[str, object]) -> None:
+def show(task: Task, parameters: int, runs: dict[str, list[Done]], before: dict[str, Any]) -> None:
     head = ("", "tokens/s", "/ plain", "MFU", "peak GB", "GPU GB", "wall s", "loss", "tokens/s of all runs")
     good = {name: [one for one in some if not one.trouble] for name, some in runs.items()}
     plain = statistics.median(one.rate for one in good["plain loop"]) if good["plain loop"] else 0.0
@@ -199,7 +199,7 @@ def show(task: Task, parameters: int, runs: dict[str, list[Done]], before: dict[
         "train.py's also evaluates twice.",
         "loss: of the saved model on rows that it trained on; the same work gives the same loss.",
         f"MFU: {task.per_token:.3g} FLOPs per token; peak {task.peak / 1e12:g} TFLOP/s." if task.peak else "",
-        f"{before['cores']} cores, load before {before['load before']}, now {load}.",
+        f"{before['cores']} cores, load before {before['load before'][0]:.1f}, now {load}.",
     ]
     table(f"{task.device}, {task.dtype}: {title}", head, rows, [note for note in notes if note])
 
