@@ -4,7 +4,7 @@ PYTHON ?= $(shell for p in /usr/bin/python3 python3 python3.13 python3.12 python
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && { echo $$p; exit; }; done; echo python3)
 BIN = .venv/bin
 
-.PHONY: demo test lint bench bench-aggregate chaos chaos-all chaos-table docs fuzz setup setup-test soak testbed-packages
+.PHONY: demo test lint bench bench-aggregate bench-train chaos chaos-all chaos-table docs fuzz setup setup-test soak testbed-packages
 
 setup: .venv/.setup
 
@@ -48,6 +48,10 @@ bench: setup
 # Minutes, and tens of gigabytes of disk. SCALING=1: how time and memory grow with the model instead.
 bench-aggregate: setup
 	@$(BIN)/python -m bench.aggregate $(if $(SCALING),--scaling) $(if $(JSON),--json $(JSON))
+
+# Minutes. On the GPU if there is one. ARGS: python -m bench.train --help
+bench-train: setup-test
+	@$(BIN)/python -m bench.train $(if $(JSON),--json $(JSON)) $(ARGS)
 
 # With atheris, if it is installed (pip install -e '.[fuzz]'); else with a mutator of its own.
 fuzz: setup-test

@@ -38,7 +38,7 @@ def show_comparison(models: Models, comparison: Comparison) -> None:
     size = f"{len(models.contributions)} x {models.shape.billions} billion bf16 parameters, weights {models.weights}"
     rows = [_row(result) for result in (comparison.flctl, *comparison.rivals)]
     notes = [f"{result.name}: {result.note}" for result in (comparison.flctl, *comparison.rivals)]
-    _table(f"Average of {size}, inputs in the page cache", HEAD, rows, [*NOTES, *notes])
+    table(f"Average of {size}, inputs in the page cache", HEAD, rows, [*NOTES, *notes])
     rows = [row for against in comparison.against for row in _rows(against)]
     head = ("", "median s", "/ plain", "less import", "by pairs", "all runs, s")
     notes = [
@@ -49,14 +49,14 @@ def show_comparison(models: Models, comparison: Comparison) -> None:
     ]
     if len(comparison.against) == 1:
         notes.append("No cold runs: only root may drop the page cache.")
-    _table("flctl and plain reading and writing, in turn", head, rows, notes)
+    table("flctl and plain reading and writing, in turn", head, rows, notes)
 
 
 def show_scaling(scaling: Scaling) -> None:
     head = ("", "sources", "GB moved", "from disk", "wall s", "CPU s", "peak MB", "plain s", "/ plain", "s per GB")
     rows = [_size(point) for point in scaling.points]
     notes = [*scaling.notes, "GB moved: contributions read and output written. The base is the first contribution."]
-    _table("flctl by size", head, rows, [*notes, *map(_line, scaling.slopes)])
+    table("flctl by size", head, rows, [*notes, *map(_line, scaling.slopes)])
 
 
 def _row(result: Result) -> tuple[str, ...]:
@@ -118,7 +118,7 @@ def _line(slope: Slope) -> str:
     )
 
 
-def _table(title: str, head: Sequence[str], rows: Sequence[Sequence[str]], notes: Sequence[str]) -> None:
+def table(title: str, head: Sequence[str], rows: Sequence[Sequence[str]], notes: Sequence[str]) -> None:
     """The first column to the left, the others to the right. A row of two cells is a name and a remark."""
     whole = [head, *(row for row in rows if len(row) == len(head))]
     widths = [max(len(row[column]) for row in whole) for column in range(len(head))]

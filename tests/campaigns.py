@@ -34,7 +34,6 @@ data = "{home}/data"
 [environment]
 python = "{python}"
 seal_python = "{python}"
-trainer = "{trainer}"
 
 [poll]
 every = 1
@@ -42,6 +41,7 @@ absence = 1
 claim_window = 3
 
 [train]
+command = "{trainer}"
 {train}
 """
 

@@ -30,7 +30,7 @@ class Federation:
                 trainer = bed.facilities[site].account.file(
                     bed.facilities[site].home / "trainer.py", TRAINER.read_text()
                 )
-                self.lay(site, environment={"trainer": str(trainer)})
+                self.lay(site, train={"command": str(trainer)})
         folder = bed.user.folder(bed.user.home / f"{name}-in")
         for site in SITES:
             bed.user.file(folder / f"{site}.toml", bed.profile_toml(site, **self.tables[site]))

@@ -333,7 +333,7 @@ def test_a_local_job_sees_nothing_of_our_environment_but_what_a_login_has(single
 def test_a_misspelt_option_of_the_trainer_is_found_at_home(tmp_path: Path) -> None:
     single = Campaign(tmp_path, sites=("pisa",))
     path = single.place / "sites" / "pisa.toml"
-    path.write_text("".join(line for line in path.open() if not line.startswith("trainer")))
+    path.write_text("".join(line for line in path.open() if not line.startswith("command")))
     single.set("steps = 4", "steps = 4\nlearning_rat = 1")
     refused = single.flctl("round")
     assert refused.returncode == 3

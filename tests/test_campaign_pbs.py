@@ -39,7 +39,6 @@ data = "{home}/data"
 [environment]
 python = "{python}"
 seal_python = "{python}"
-trainer = "{trainer}"
 
 [poll]
 every = 1
@@ -47,6 +46,7 @@ absence = 1
 claim_window = 3
 
 [train]
+command = "{trainer}"
 {train}
 """
 

@@ -282,7 +282,7 @@ def test_everything_that_speaks_against_a_plan_is_found_at_once(campaign: Campai
 
 def test_a_key_that_the_trainer_does_not_know_is_found_too(campaign: Campaign, workspace: Workspace) -> None:
     change(campaign, "pisa", "[train]\n", "[train]\nbacth = 4\n")
-    change(campaign, "pisa", "trainer = ", "launch = ''\n# trainer = ")
+    change(campaign, "pisa", "command = ", "# command = ")
     plan, problems = considered(workspace, ["pisa"], None, None)
     assert plan is not None
     assert [failure.exit_code for _, failure in problems] == [3]

@@ -67,7 +67,8 @@ class Place:
             "scheduler": {"kind": "local", "shape": "small"},
             "shapes": {"small": {"walltime": "00:10:00"}},
             "storage": {"work": str(account.home / f"work-{root.name}"), "data": str(account.home / "data")},
-            "environment": {"python": "/usr/bin/python3", "seal_python": "/usr/bin/python3", "trainer": str(trainer)},
+            "environment": {"python": "/usr/bin/python3", "seal_python": "/usr/bin/python3"},
+            "train": {"command": str(trainer)},
             "poll": {"every": 1, "absence": 1},  # login_every, an hour, is not for a connection that is kept
         }
         (root / "delta.toml").write_text(toml(self.profile))

@@ -249,7 +249,7 @@ def test_a_merge_runs_in_the_container_as_well() -> None:
     folders = {"run": root / "runs" / "0001-1", "workdir": root, "payload": root / "payload" / "ab"}
     text = (TEMPLATES / "slurm.sh").read_text(encoding="utf-8")
     zipped = root / "payload" / "cd" / "merge.zip"
-    made = job_script(contained(), text, token="f", campaign="c", data="/d", now=0.0, program=zipped, **folders)
+    made = job_script(contained(), text, token="f", campaign="c", data="/d", now=0.0, command=(str(zipped),), **folders)
     assert f"flctl python3 {zipped}\n" in made and made.count("apptainer exec") == 1
 
 

@@ -8,6 +8,7 @@ from flctl.campaign.privacy import check_privacy
 from flctl.campaign.profiles import available
 from flctl.campaign.workspace import Workspace
 from flctl.errors import ConfigurationError
+from flctl.facility.fields import Train
 from flctl.facility.profile import Site, load_site, missing
 from flctl.facility.ssh_config import effective
 from flctl.facility.table import between, load_table, nearest
@@ -91,12 +92,12 @@ class FetchTable:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Configuration:
-    """flctl.toml as a whole. [train] belongs to the trainer; flctl itself only reads its `steps`."""
+    """flctl.toml as a whole. [train] belongs to the trainer; flctl itself reads its `steps` and `command`."""
 
     campaign: CampaignTable
     policy: PolicyTable = field(default_factory=PolicyTable)
     aggregation: AggregationTable = field(default_factory=AggregationTable)
-    train: dict[str, Any] = field(default_factory=dict)
+    train: Train = field(default_factory=dict)
     evaluation: EvaluationTable = field(default_factory=EvaluationTable)
     fetch: FetchTable = field(default_factory=FetchTable)
     gates: GatesTable = field(default_factory=GatesTable)

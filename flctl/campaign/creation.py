@@ -13,6 +13,7 @@ from flctl.campaign import shipped
 from flctl.campaign.config import new_id
 from flctl.campaign.merging import model_record
 from flctl.campaign.profiles import to_fill_in
+from flctl.campaign.trainers import FOLDER
 from flctl.campaign.workspace import Workspace, fsync_folder, write_atomic, write_json
 from flctl.durable import fsync_folders, make_folder, remove
 from flctl.errors import ConfigurationError
@@ -58,20 +59,39 @@ def create(
     seed: int = 0,
     train: Mapping[str, object] | None = None,
     cross: bool = False,
+    trainer: Path | None = None,
 ) -> Workspace:
     """A new campaign in `folder` (absent or empty): flctl.toml, sites/, templates/, models/0000. `profiles` are the
-    texts of the site profiles by name. Nothing is ever overwritten; what fails leaves nothing behind."""
-    from flctl.model.folder import check_model
+    texts of the site profiles by name. `trainer`: a program in Python that trains in the place of train.py, and for
+    which the model need be no more than safetensors. Nothing is ever overwritten; what fails leaves nothing behind."""
+    from flctl.model.folder import check_model, check_weights
 
     folder = folder.resolve()
     _check_new(folder)
-    check_model(model)
+    if trainer is None:
+        check_model(model)
+        train = {**TRAIN, **(train or {})}
+    else:
+        check_weights(model)
+        train = {"command": f"{FOLDER}/{_program(trainer)}", "steps": TRAIN["steps"], **(train or {})}
     with _drafted(folder) as draft:
-        _fill(draft, _name_of(folder), new_id(), profiles, seed, {**TRAIN, **(train or {})}, cross)
+        _fill(draft, _name_of(folder), new_id(), profiles, seed, train, cross)
+        if trainer is not None:
+            write_atomic(draft / FOLDER / trainer.name, trainer.read_bytes())
         adopt_model(model, draft / "models" / "0000")
     workspace = Workspace(folder)
     workspace.journal.append("init", name=workspace.name, id=workspace.id, sites=sorted(profiles))
     return workspace
+
+
+def _program(trainer: Path) -> str:
+    """The name of a trainer's file."""
+    if trainer.suffix != ".py" or not re.fullmatch(r"[\w.+-]+", trainer.name, re.ASCII) or not trainer.is_file():
+        raise ConfigurationError(
+            f"{trainer} is no file NAME.py",
+            hint="other programs: name one in Python first, then see train.command in docs/configuration.md",
+        )
+    return trainer.name
 
 
 def frame(folder: Path, *, name: str, id_: str, profiles: dict[str, str], seed: int) -> Workspace:

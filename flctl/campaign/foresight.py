@@ -3,12 +3,12 @@
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from flctl.campaign import shipped
 from flctl.campaign.config import Configuration, load_profile
 from flctl.campaign.privacy import check_plan
 from flctl.campaign.remote_merge import check_place
+from flctl.campaign.trainers import trainer_of
 from flctl.campaign.workspace import Workspace
 from flctl.errors import ConfigurationError, FlctlError
 from flctl.facility import holding, limits
@@ -37,7 +37,7 @@ def check_models(
     workspace: Workspace, configuration: Configuration, sites: tuple[str, ...], least: int, models: int
 ) -> None:
     """The same, but for the limits of the sites' queues."""
-    check_train(workspace, sites, configuration.train)
+    check_train(workspace, sites, configuration)
     check_rule(workspace, configuration, len(sites), least)
     check_place(workspace, configuration)
     check_plan(workspace, configuration, workspace.newest_model().version, models)
@@ -81,15 +81,15 @@ def check_limits(workspace: Workspace, sites: Sequence[str]) -> None:
     )
 
 
-def check_train(workspace: Workspace, sites: tuple[str, ...], train: dict[str, Any]) -> None:
-    """ConfigurationError if [train] holds a key that train.py does not know. A site with a trainer of its own may
-    have others."""
-    known = shipped.trainer_options()
+def check_train(workspace: Workspace, sites: tuple[str, ...], configuration: Configuration) -> None:
+    """ConfigurationError if train.command cannot be run, or if [train] holds a key that train.py does not know. A
+    trainer of one's own may have others."""
+    known = ("command", *shipped.trainer_options())
     for name in sites:
         profile = load_profile(workspace, name)
-        if profile.environment.trainer:
+        if trainer_of(workspace.root, configuration, profile).words:
             continue
-        for file, table in (("flctl.toml", train), (f"sites/{name}.toml", profile.train)):
+        for file, table in (("flctl.toml", configuration.train), (f"sites/{name}.toml", profile.train)):
             for key in table:
                 if key not in known:
                     close = nearest(key, known)

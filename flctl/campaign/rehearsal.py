@@ -13,9 +13,11 @@ from flctl.campaign.planning import NO_SITES, agree, check_least, drafted, is_op
 from flctl.campaign.privacy import outlook
 from flctl.campaign.session import VARIABLE
 from flctl.campaign.steps.deliver import read_template
+from flctl.campaign.trainers import trainer_of
 from flctl.campaign.workspace import Workspace, write_atomic
 from flctl.errors import ConfigurationError, FlctlError
 from flctl.facility.script import job_script
+from flctl.facility.shell import Plain
 from flctl.records import Failure, Plan, token_of
 
 Problems = list[tuple[str, Failure]]
@@ -99,6 +101,7 @@ def script_of(workspace: Workspace, name: str, *, later: int = 0, merges: bool =
     work = VARIABLE.sub(lambda match: f"/_{match[1] or match[2]}_", site.storage.work.replace("~", "/_HOME_"))
     root = PurePosixPath(contact.workdir or f"{work.replace('//', '/')}/{workspace.label}")
     number = max((run.number for run in workspace.runs(name)), default=0) + 1 + later
+    merger = Plain(root / "payload" / shipped.merger_sha256() / shipped.MERGER)
     return job_script(
         site,
         read_template(workspace.root / "templates", site.scheduler.kind),
@@ -109,5 +112,5 @@ def script_of(workspace: Workspace, name: str, *, later: int = 0, merges: bool =
         payload=root / "payload" / shipped.payload_sha256(),
         data=contact.data or site.storage.data,
         now=time.time(),
-        program=root / "payload" / shipped.merger_sha256() / shipped.MERGER if merges else None,
+        command=(merger,) if merges else trainer_of(workspace.root, load_configuration(workspace), site).command(root),
     )

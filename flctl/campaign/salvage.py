@@ -152,7 +152,9 @@ def _fill_in(workspace: Workspace, orders: list[tuple[str, dict[str, Any]]]) -> 
     for name, order in sorted(orders, key=lambda item: _whole(item[1].get("round"))):
         if order.get("work") == "train" and isinstance(order.get("train"), dict):
             own = load_profile(workspace, name).train
-            train |= {key: value for key, value in order["train"].items() if key not in own and _fit([key, value])}
+            told = order["train"].items()
+            # What runs at every site is not for one of them to say.
+            train |= {key: value for key, value in told if key not in (*own, "command") and _fit([key, value])}
             train["steps"] = _whole(order.get("steps")) or train.get("steps", TRAIN["steps"])
     path = workspace.root / "flctl.toml"
     text = path.read_text(encoding="utf-8")

@@ -15,12 +15,15 @@ def init(
     sites: Annotated[list[str], typer.Option("--sites", help="Shipped profiles by name, or paths: a b | a,b.")],
     model: Annotated[Path, typer.Option("--model", help="A Hugging Face folder with safetensors weights.")],
     seed: Annotated[int, typer.Option("--seed", min=0, help="The campaign's seed.")] = 0,
+    trainer: Annotated[
+        Path | None, typer.Option("--trainer", help="A program of yours, NAME.py, that trains in place of train.py.")
+    ] = None,
 ) -> None:
     """Make a campaign: flctl.toml, site profiles, job templates, model 0000. Never overwrites."""
     from flctl.campaign.creation import create, unfilled
     from flctl.campaign.profiles import texts_of
 
-    workspace = create(folder, profiles=texts_of(sites), model=model, seed=seed)
+    workspace = create(folder, profiles=texts_of(sites), model=model, seed=seed, trainer=trainer)
     print(f"campaign {workspace.label} is in {workspace.root}")
     gaps = unfilled(workspace)
     if gaps:

@@ -101,12 +101,20 @@ def _exports(table: dict[str, str]) -> dict[str, str]:
     return table
 
 
+def _train(table: dict[str, Any]) -> dict[str, Any]:
+    command = table.get("command", "")
+    if not isinstance(command, str) or (command and not re.fullmatch(_WORDS, command)):
+        raise ValueError(f"command: {command!r} is not {_COMMAND_RULE}")
+    return table
+
+
 def _given(pattern: str, what: str) -> Check:
     return like(pattern, what, empty=False)
 
 
 _COMMAND_RULE = "a command: words and variables, but no quotes, backslashes, wildcards, pipes, ! or further commands"
 _PATH_RULE = "an absolute path; it may hold $NAME or ${NAME}, but no quotes, backslashes, wildcards, ! or commands"
+_WORDS = rf"(?:{_PLAIN}|{_VARIABLE})+"
 _BARE = r"[A-Za-z0-9_][A-Za-z0-9_.+-]*"
 
 Name = Annotated[str, _given(r"[a-z0-9][a-z0-9_-]{0,62}", "a site's name: lower-case letters, digits, - and _")]
@@ -134,7 +142,8 @@ Day = Annotated[str, Check(_day)]
 Address = Annotated[str, like(r"https?://[!-~]+", "an address: https://...")]
 Jump = Annotated[str, like(rf"(?:{USER}@)?(?:[A-Za-z0-9][A-Za-z0-9.-]*)(?::\d{{1,5}})?", "[user@]host[:port]")]
 Proxy = Annotated[str, like(r"https?://[A-Za-z0-9.-]+(?::\d{1,5})?/?", "a proxy: http://host:port")]
-Words = Annotated[str, like(rf"(?:{_PLAIN}|{_VARIABLE})+", _COMMAND_RULE)]
+Words = Annotated[str, like(_WORDS, _COMMAND_RULE)]
+Train = Annotated[dict[str, Any], Check(_train)]
 LocalCommand = Annotated[str, Check(_command)]
 Secret = Annotated[str, Check(_secret)]
 Pattern = Annotated[str, Check(_pattern)]

@@ -3,7 +3,7 @@
 import dataclasses
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from flctl.facility import fields as kinds
 from flctl.facility.consistency import contradictions
@@ -211,7 +211,8 @@ class Container:
 class Environment:
     """What a job does before it trains: module folders and modules, variables to unset, then `activate` (shell lines,
     as they are), then exports and proxy. `offline`: no library asks a hub. `python` runs the trainer, in the
-    container if there is one; `seal_python` (3.6 or newer, also on the login host) keeps the records."""
+    container if there is one; `seal_python` (3.6 or newer, also on the login host) keeps the records. `trainer`:
+    what profiles of flctl 0.1 say in the place of train.command."""
 
     modules_use: tuple[kinds.RemotePath, ...] = ()
     modules: tuple[kinds.Module, ...] = ()
@@ -281,7 +282,7 @@ class Site:
     budget: Budget = field(default_factory=Budget)
     poll: Poll = field(default_factory=Poll)
     signing: Signing = field(default_factory=Signing)
-    train: dict[str, Any] = field(default_factory=dict)
+    train: kinds.Train = field(default_factory=dict)
 
     @property
     def shape(self) -> Shape:

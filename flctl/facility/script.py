@@ -2,7 +2,7 @@
 
 import re
 import shlex
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 
@@ -15,6 +15,7 @@ from flctl.facility.table import nearest
 PLACEHOLDER = re.compile(r"\{\{\s*([^{}\s]*)\s*\}\}")
 DIRECTIVE = re.compile(r"#(?:SBATCH|PBS)\s")
 COMMENT = re.compile(r"\s*#(?!(?:SBATCH|PBS)\s)")
+PYTHON = (".py", ".zip")
 PROXIES = ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY")
 RENDEZVOUS = ("MASTER_ADDR", "MASTER_PORT", "OMP_NUM_THREADS")
 DIRECTIVE_VALUE = re.compile(r"[A-Za-z0-9_.,:/@+=-]*")
@@ -63,15 +64,12 @@ def job_script(
     payload: PurePosixPath,
     data: str,
     now: float,
-    program: PurePosixPath | None = None,
+    command: Sequence[str] = (),
 ) -> str:
     """The job script of one attempt, to be submitted about `now` (Unix seconds); the paths are absolute ones at the
-    site. `program` takes the trainer's place."""
-    values = job_values(
-        site, token=token, campaign=campaign, run=run, workdir=workdir, payload=payload, data=data, now=now
-    )
-    if program is not None:
-        values["trainer"] = str(program)
+    site. `command`: the words that are run in the place of train.py."""
+    folders = {"run": run, "workdir": workdir, "payload": payload}
+    values = job_values(site, token=token, campaign=campaign, data=data, now=now, command=command, **folders)
     return render(template, values, source=f"templates/{site.scheduler.kind}.sh")
 
 
@@ -85,8 +83,10 @@ def job_values(
     payload: PurePosixPath,
     data: str,
     now: float,
+    command: Sequence[str] = (),
 ) -> dict[str, Value]:
     """Every name that a job template may use."""
+    interpreter, program = program_words(site, command or (Plain(f"{payload}/train.py"),))
     shape, environment = site.shape, site.environment
     reservation = shape.reservation.name if shape.reservation.holds(now, shape.walltime) else ""
     sign = "#PBS" if site.scheduler.kind == "pbs" else "#SBATCH"
@@ -120,9 +120,17 @@ def job_values(
         "signing_key": Words((site.signing.key,)),
         "launch": Words(launch_words(site)),
         "container": Words((*container_words(site, workdir, data), *ignoring(site))),
-        "python": Words((environment.python,)),
-        "trainer": Words((environment.trainer,)) if environment.trainer else f"{payload}/train.py",
+        "python": interpreter,
+        "trainer": program,
     }
+
+
+def program_words(site: Site, command: Sequence[str]) -> tuple[Words, Words]:
+    """A command as what stands for {{python}} and for {{trainer}}: the site's Python runs what is written in Python,
+    and other programs run themselves."""
+    if PurePosixPath(command[0]).suffix in PYTHON:
+        return Words((site.environment.python,)), Words(tuple(command))
+    return Words((command[0],)), Words(tuple(command[1:]))
 
 
 def container_words(site: Site, *folders: object) -> tuple[str, ...]:

@@ -50,10 +50,7 @@ KINDS = (
 def check_model(folder: Path) -> None:
     """Is it a Hugging Face folder with a config, a tokenizer and safetensors weights that can be averaged? If not,
     ConfigurationError, with the command that makes one of it where there is such a command. Does not need torch."""
-    if not folder.is_dir():
-        raise _no_folder(folder)
-    if not any((folder / f"model.safetensors{suffix}").exists() for suffix in ("", ".index.json")):
-        raise _other_kind(folder)
+    _check_files(folder)
     _check_config(folder / "config.json")
     if not any((folder / name).is_file() for name in TOKENIZERS):
         raise ConfigurationError(
@@ -61,6 +58,23 @@ def check_model(folder: Path) -> None:
             hint="add it from where the model came from: "
             + _python(f'T.from_pretrained("NAME OR FOLDER").save_pretrained({_text(folder)})'),
         )
+    _check_tensors(folder)
+
+
+def check_weights(folder: Path) -> None:
+    """The same of the weights alone: what else a trainer of the user's own needs is its own affair."""
+    _check_files(folder)
+    _check_tensors(folder)
+
+
+def _check_files(folder: Path) -> None:
+    if not folder.is_dir():
+        raise _no_folder(folder)
+    if not any((folder / f"model.safetensors{suffix}").exists() for suffix in ("", ".index.json")):
+        raise _other_kind(folder)
+
+
+def _check_tensors(folder: Path) -> None:
     try:
         shards = open_shards(folder)
     except AggregationRefused as error:

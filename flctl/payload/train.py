@@ -1756,9 +1756,10 @@ def work(world: World) -> None:
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
     torch.use_deterministic_algorithms(True, warn_only=True)
-    if options["threads"] or world.local_size > 1:
-        every = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        torch.set_num_threads(options["threads"] or max(1, every // world.local_size))
+    if options["threads"]:
+        torch.set_num_threads(options["threads"])
+    elif world.local_size > 1 and "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // world.local_size))
     task = {"train": train, "evaluate": evaluate_subjects}.get(order.get("work", "train"))
     if task is None:
         raise Refused("options", f"the order asks for {order['work']!r}, which this trainer does not know")

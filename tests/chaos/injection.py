@@ -26,7 +26,9 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from flctl.campaign.config import CampaignTable, Configuration
 from flctl.campaign.session import _expand
+from flctl.campaign.trainers import trainer_of
 from flctl.errors import ConfigurationError
 from flctl.facility.openssh import login_place, ssh, transfer_place
 from flctl.facility.profile import Site, load_site
@@ -96,9 +98,11 @@ BENIGN = {
     "dependency": "afterok:1",
     "signers": "ssh-ed25519 " + "A" * 68,
 }
+NO_CAMPAIGN = Configuration(campaign=CampaignTable(name="c", id="0"))
 OPEN = frozenset(
     {"env:WORK", "exports.VALUE", "storage.work", "storage.data", "environment.container.image", "environment.python"}
     | {"environment.container.binds", "environment.modules_use", "environment.launch", "environment.trainer"}
+    | {"train.command"}
 )
 """What takes more than plain names, and so gets half of the strings."""
 
@@ -125,6 +129,10 @@ def slots() -> list[Slot]:
         found.append(Slot(name=".".join(path), put=_putter(path, [] if many else None), benign=benign))
         if path[-1] in ("exports", "train"):
             found.append(Slot(name=f"{path[-1]}.VALUE", put=_putter((*path, "NAME"), None), benign="value"))
+        if path[-1] == "train":
+            found.append(
+                Slot(name="train.command", put=_putter((*path, "command"), None), benign="/some/mine.py --fast")
+            )
         if path[-1] in ("exports", "train", "shapes", "queues"):
             found.append(Slot(name=f"{path[-1]}.NAME", put=_namer(path), benign="OTHER"))
     return found
@@ -277,6 +285,7 @@ class Trial:
             payload=work / "payload",
             data=str(data),
             now=0.0,
+            command=trainer_of(self.folder, NO_CAMPAIGN, site).command(work),
         )
 
     def flush(self) -> None:

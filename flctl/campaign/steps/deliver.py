@@ -14,13 +14,14 @@ from flctl.campaign.merging import STATE
 from flctl.campaign.session import Place, Session
 from flctl.campaign.steps.attempt import attempt_name, ordered, remote_folder
 from flctl.campaign.steps.check import cancel
+from flctl.campaign.trainers import FOLDER, Trainer, options_of, trainer_of
 from flctl.campaign.workspace import write_atomic
 from flctl.codec import from_data, to_data
 from flctl.durable import read_plain
 from flctl.errors import ConfigurationError
 from flctl.facility.probe import space_commands, space_left
 from flctl.facility.script import job_script
-from flctl.facility.shell import MISSING, Answer, quote, read_file
+from flctl.facility.shell import MISSING, Answer, Plain, quote, read_file
 from flctl.records import Cause, FileEntry, Job, Run, Stage, Work, seed_of, token_of
 
 SETTLING = 30.0
@@ -34,13 +35,16 @@ def deliver(session: Session, run: Run, configuration: Configuration) -> Run:
     _end_earlier(session, run)
     folder = session.workspace.attempt_folder(run)
     target = remote_folder(session, run)
-    script, order = render_job(session, run).encode(), order_json(session, run, configuration)
+    trainer = trainer_of(session.workspace.root, configuration, session.site)
+    script, order = render_job(session, run, trainer).encode(), order_json(session, run, configuration)
     # A second attempt trusts nothing: the first may have failed because something there is not what it was.
     places = _model_places(session, run)
     if run.order.merge is not None:
         session.place_merger()
         session.place_all(places[:1], hashed=run.attempt > 1)
         _gather_own(session, run, places)
+    elif trainer.files:
+        session.place_all([(session.workspace.root / FOLDER, trainer.files, trainer.place(session.root))], hashed=True)
     session.place_all(places, hashed=run.attempt > 1)
     answers = session.ask(
         {
@@ -88,7 +92,7 @@ def _remember_space(session: Session, answer: Answer) -> None:
         session.workspace.save_contact(session.site.name, replace(contact, free=free * 1024))
 
 
-def render_job(session: Session, run: Run) -> str:
+def render_job(session: Session, run: Run, trainer: Trainer) -> str:
     """The job script of an attempt, from the campaign's template for the site's scheduler."""
     merges = run.order.work == Work.MERGE
     script = job_script(
@@ -101,7 +105,7 @@ def render_job(session: Session, run: Run) -> str:
         payload=session.payload,
         data=session.data,
         now=time.time(),
-        program=session.merger if merges else None,
+        command=(Plain(session.merger),) if merges else trainer.command(session.root),
     )
     _check_script(session, run, script)
     return script
@@ -160,7 +164,7 @@ def order_json(session: Session, run: Run, configuration: Configuration) -> byte
         "total_steps": order.total_steps,
         "continues": order.continues,
         "seed": seed_of(configuration.campaign.seed, run.site, run.number),
-        "train": configuration.train | session.site.train,
+        "train": options_of(configuration, session.site),
         "subjects": to_data(order.subjects),
     }
     if order.merge is not None:
