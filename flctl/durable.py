@@ -11,6 +11,7 @@ import os
 import shutil
 import threading
 import time
+from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 
@@ -82,6 +83,19 @@ def move(draft: Path, target: Path) -> None:
     draft.rename(target)
     faults.point("moved", "/".join(target.parts[-3:]))
     fsync_folder(target.parent)
+
+
+def link_files(source: Path, names: Iterable[str], target: Path) -> None:
+    """The files of these relative names in another folder too, by hard links where they can be, for good. OSError."""
+    for name in names:
+        make_folder((target / name).parent)
+        try:
+            os.link(source / name, target / name)
+        except OSError:
+            shutil.copyfile(source / name, target / name)
+            with (target / name).open("rb") as file:
+                os.fsync(file.fileno())
+    fsync_folders(target)
 
 
 def read_plain(path: Path) -> bytes:

@@ -248,9 +248,19 @@ class Run:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class RollBack:
+    """A decision to go on from an earlier version: `version` is to have the weights of `source`."""
+
+    version: int
+    source: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
     """What `round` or `campaign start` set out to do: models `first`..`target` by these sites. Plans are numbered from
-    1; a run belongs to the plan that ordered it, so that a cancelled plan's failures do not count against the next."""
+    1; a run belongs to the plan that ordered it, so that a cancelled plan's failures do not count against the next.
+    `evaluates`: the version that these sites are only to evaluate; nothing is made then. `ended`: why it ended before
+    its target, which is then the newest version of that moment. `rolled_back`: by this plan and those before it."""
 
     number: int = 1
     sites: tuple[str, ...]
@@ -259,6 +269,9 @@ class Plan:
     steps: int
     min_sites: int
     skipped: tuple[tuple[int, str], ...] = ()
+    evaluates: int | None = None
+    ended: str = ""
+    rolled_back: tuple[RollBack, ...] = ()
     schema: int = SCHEMA
 
     def skips(self, version: int) -> frozenset[str]:
@@ -279,12 +292,14 @@ class Driver:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Model:
-    """One version of the global model, as its flctl.json tells it (`merged`: the (site, run number) pairs in it)."""
+    """One version of the global model, as its flctl.json tells it (`merged`: the (site, run number) pairs in it;
+    `rolled_back_to`: the earlier version whose weights it has again)."""
 
     version: int
     sha256: str
     steps: int = 0
     merged: tuple[tuple[str, int], ...] = ()
+    rolled_back_to: int | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -29,11 +29,11 @@ As `--help` prints them. The campaign of a command is `-C DIR`, else `$FLCTL_CAM
 | 12 | unknown or changed host key |
 | 130 | interrupted |
 
-Of several, the first of 130, 1, 3, 12, 4, 5, 9, 7, 6, 8, 11 counts. With `--json` (`round`, `plan`, `status`, `aggregate`, `verify`,
+Of several, the first of 130, 1, 3, 12, 4, 5, 9, 7, 6, 8, 11 counts. With `--json` (`round`, `evaluate`, `plan`, `status`, `history`, `aggregate`, `verify`,
 `audit`, `gc`, `site list`, `site show`, `site test`, `site stage`, `auth test`, `login --status`, `campaign tick`) stdout is one object: `schema_version`, `command`, `status` (`ok`, `partial`: done, but something failed on the way, `error`),
 `exit_code`, `data`, and `errors`, each with `code`, `site`, `message`, `hint`. `data` of `status` holds `campaign`, `model`
 (`version`, `path`, `sha256`, `warnings` of the gates, `privacy`), `space` (`site`, `free`, `per_round`, `rounds`), `warnings` and `runs` (`site`, `number`, `attempt`, `work`, `base`, `round`, `stage`, `held`, `job_id`, `steps`,
-`samples`, `queue_seconds`, `train_seconds`, `progress`: steps in its checkpoint, `attempts`: earlier ones, each with `cause` and `reason`, `note`, of a failed one `cause` and `hint`); that of `round` and `campaign tick` the same with `done` and `waiting`; that of
+`samples`, `queue_seconds`, `train_seconds`, `progress`: steps in its checkpoint, `attempts`: earlier ones, each with `cause` and `reason`, `note`, of a failed one `cause` and `hint`); that of `round` and `campaign tick` the same with `done` and `waiting`, and where a plan only evaluates, as that of `evaluate`, `evaluation` (`model`, `sites`); that of `history`: [Evaluation](evaluation.md); that of
 `aggregate` the model's `path`, `sha256` and `bytes`, `seconds`, `contributions` (`site`, `path`, `weight`, `coefficient`), `state`,
 `threads`, `ranks` and `notes`; that of `verify` `version`, `agrees`, `rebuilt`, and the files `differing`, `missing` and `remade`;
 that of `audit` `differences` (`file`, `round`, `what`), `notes`, `crossings` (`site`, `direction`, `round`, `kind`, `files`, `bytes`), `logins`,

@@ -52,14 +52,18 @@ def folder(root: Path, name: str) -> Path:
 
 
 def rolled_back(campaign: Campaign) -> None:
-    """A round, the folder put back to before it, the same again, one more; then old models and runs collected."""
+    """A round, the folder put back to before it, the same again; more, until the best version is gone back to; then
+    old models and runs collected."""
     campaign.flctl("campaign", "start", "--rounds", "1")
     shutil.copytree(campaign.place, campaign.root / "backup")
     assert campaign.json("round")["data"]["done"]
     shutil.rmtree(campaign.place)
     (campaign.root / "backup").rename(campaign.place)
     assert campaign.json("round")["data"]["done"]
-    assert campaign.json("round", "--rounds", "1")["data"]["done"]
+    campaign.profile("pisa", losses=[2.0, 2.0, 3.0])
+    campaign.set("patience = 0", "patience = 1")
+    campaign.set("roll_back = false", "roll_back = true")
+    assert campaign.json("round", "--rounds", "3")["data"]["done"]
     assert campaign.flctl("gc", "--keep", "1").returncode == 0
 
 

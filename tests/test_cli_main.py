@@ -87,7 +87,7 @@ def loaded(campaign: Campaign, *words: str) -> set[str]:
 
 def test_help_and_status_load_nothing_heavy(campaign: Campaign) -> None:
     assert loaded(campaign, "--help") == set()
-    for words in (["status"], ["status", "--json"]):
+    for words in (["status"], ["status", "--json"], ["history"]):
         assert loaded(campaign, *words) <= {"pydantic"}, "typer itself uses pydantic where it is installed"
 
 

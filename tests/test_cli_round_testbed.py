@@ -33,7 +33,8 @@ def equal_bits(made: dict[str, numpy.ndarray], expected: dict[str, numpy.ndarray
 
 def test_two_rounds_across_two_facilities(bed: Testbed) -> None:
     """Real training on real text: both jobs ran, the model is numpy's bit for bit, perplexity fell on both languages,
-    only weights and records came back, one login with a code served everything."""
+    only weights and records came back, one login with a code served everything. Evaluated by itself a model has the
+    loss that the training run which began with it told."""
     federation = Federation(bed, "two-rounds", real=True)
     federation.set("steps = 4\nlr = 5e-05\nbatch = 8\nsequence_length = 1024", TRAIN)
     leonardo = bed.facilities["leonardo"]
@@ -55,6 +56,11 @@ def test_two_rounds_across_two_facilities(bed: Testbed) -> None:
         assert second["perplexity"] < 0.7 * first["perplexity"], site
     attempts = leonardo.sshd.attempts(mark)
     assert (attempts.logins, attempts.failed_codes, attempts.failed_keys) == (1, 0, 0)
+    (told,) = federation.json("evaluate", "karolina", "--model", "1")["data"]["evaluation"]["sites"].values()
+    base = federation.run("karolina", 2)["contribution"]["metrics"]["evaluation"]["base"]
+    assert (told["tokens"], told["loss"]) == (base["tokens"], pytest.approx(base["loss"], rel=1e-6))
+    shown = federation.json("history")["data"]
+    assert (shown["best"], [len(model["sites"]) for model in shown["models"]]) == (1, [2, 2, 0])
     check_border(federation)
 
 

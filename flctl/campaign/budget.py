@@ -104,10 +104,15 @@ def admitted(workspace: Workspace, configuration: "Configuration", site: "Site",
 
 def check_first_round(workspace: Workspace, configuration: "Configuration", sites: Sequence[str]) -> None:
     """BudgetRefused if one job at each of these sites, and the merge where a site makes it, have no room."""
+    place = configuration.aggregation.aggregate_at
+    check_jobs(workspace, configuration, [*sites, *([place] if place else [])])
+
+
+def check_jobs(workspace: Workspace, configuration: "Configuration", sites: Sequence[str]) -> None:
+    """BudgetRefused if a job at each of these sites, named as often as it has one, has no room."""
     from flctl.campaign.config import load_profile
 
-    place = configuration.aggregation.aggregate_at
-    asked = Counter([*sites, *([place] if place else [])])
+    asked = Counter(sites)
     profiles = {name: load_profile(workspace, name) for name in asked}
     costs = {name: node_hours(profiles[name]) * count for name, count in asked.items()}
     for name, profile in profiles.items():

@@ -80,6 +80,12 @@ class RetryTable:
 class EvaluationTable:
     cross: bool = False
     """After each merge every site evaluates the new model and the other sites' contributions (models travel)."""
+    patience: Annotated[int, between(0)] = 0
+    """Versions in a row without a lower mean loss after which a plan ends; 0: none."""
+    min_delta: Annotated[float, between(0)] = 0.0
+    """By how much the mean loss must fall to count as lower."""
+    roll_back: bool = False
+    """A plan's last model is evaluated too, and the next one goes on from the best version."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

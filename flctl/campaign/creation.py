@@ -40,6 +40,8 @@ weights = "samples"         # samples | tokens | equal
 
 [evaluation]
 cross = {cross}               # true: every site evaluates the others' models too (models travel, data does not)
+patience = 0                # a plan ends after so many models without a lower mean loss; 0: none
+roll_back = false           # true: and the next model goes on from the best one
 
 [fetch]
 kinds = ["*.safetensors", "*.safetensors.index.json"]   # the only files that may come back

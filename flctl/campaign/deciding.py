@@ -6,14 +6,16 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from flctl import faults
-from flctl.campaign import gates, remote_merge
+from flctl.campaign import gates, remote_merge, rolling_back
+from flctl.campaign.collected import collected_on
 from flctl.campaign.config import Configuration, load_configuration
 from flctl.campaign.contacts import failure_of
 from flctl.campaign.merging import merge_model
 from flctl.campaign.workspace import Workspace
 from flctl.errors import FlctlError, Interrupted
-from flctl.policy import POLICIES, Decision, View
-from flctl.records import Job, Merge, Order, Plan, Run, Stage, Work, token_of
+from flctl.policy import Decision, View
+from flctl.policy import decide as asked
+from flctl.records import Job, Merge, Order, Plan, RollBack, Run, Stage, Work, token_of
 
 if TYPE_CHECKING:
     from flctl.campaign.engine import Engine
@@ -27,7 +29,15 @@ def decide(engine: "Engine") -> Decision | None:
         view = view_of(engine.workspace, configuration)
         if view is None:
             return None
-        decision = POLICIES[configuration.policy.name](view, time.time())
+        decision = asked(configuration.policy.name, view, time.time())
+        if decision.stop:
+            _stop(engine, view.plan, decision.stop)
+            continue
+        if decision.roll_back is not None:
+            lacking = _roll_back(engine, view.plan, decision.roll_back)
+            if lacking is None:
+                continue
+            decision = lacking
         if decision.merge is not None:
             awaited = _merge(engine, decision.merge, configuration, view.plan)
             if awaited is None:
@@ -68,6 +78,38 @@ def _merge(engine: "Engine", merge: Merge, configuration: Configuration, plan: P
     return None
 
 
+def _stop(engine: "Engine", plan: Plan, reason: str) -> None:
+    """The plan ends at the newest model."""
+    newest = engine.workspace.newest_model().version
+    faults.point("stop", str(newest))
+    engine.workspace.save_plan(replace(plan, target=newest, ended=reason))
+    faults.point("stop-recorded", str(newest))
+    engine.workspace.journal.append("plan stopped", target=newest, reason=reason)
+    engine.tell(f"the plan ends at model {newest:04d}: {reason}")
+
+
+def _roll_back(engine: "Engine", plan: Plan, back: RollBack) -> Decision | None:
+    """Make a version with the weights of an earlier one; what is lacking if that cannot be done. The plan says it
+    first, so that the same is done once more should the version be lost."""
+    workspace = engine.workspace
+    engine.note("", f"rolling back to model {back.source:04d}")
+    try:
+        if back not in plan.rolled_back:
+            faults.point("roll-back", f"{back.version:04d}")
+            workspace.save_plan(replace(plan, rolled_back=(*plan.rolled_back, back)))
+            faults.point("roll-back-recorded", f"{back.version:04d}")
+        rolling_back.make(workspace, back)
+    except Interrupted:
+        raise
+    except FlctlError as error:
+        engine.errors.append(("", failure_of(error)))
+        return Decision(lacking=error.message)
+    finally:
+        engine.doing.pop("", None)
+    engine.tell(f"model {back.version:04d} has the weights of model {back.source:04d} again, the best so far")
+    return None
+
+
 def give(engine: "Engine", order: Order) -> Run:
     """Write an order as a new run, due at once."""
     runs = engine.workspace.runs(order.site)
@@ -105,4 +147,14 @@ def view_of(workspace: Workspace, configuration: Configuration) -> View | None:
         runs=workspace.runs(),
         weights=configuration.aggregation.weights,
         cross_evaluation=configuration.evaluation.cross,
+        patience=configuration.evaluation.patience,
+        min_delta=configuration.evaluation.min_delta,
+        roll_back=configuration.evaluation.roll_back,
+        collected=_collected(workspace) if configuration.evaluation.roll_back else frozenset(),
     )
+
+
+def _collected(workspace: Workspace) -> frozenset[int]:
+    """The versions whose files gc took."""
+    versions = [model.version for model in workspace.models()]
+    return frozenset(version for version in versions if collected_on(workspace.model_folder(version)))

@@ -6,7 +6,7 @@ from flctl.campaign.corpora import write_corpus
 from flctl.campaign.creation import create
 from flctl.campaign.workspace import Workspace
 from flctl.errors import ConfigurationError
-from flctl.policy.sync import contribution_name
+from flctl.policy.evaluating import contribution_name
 from flctl.policy.view import View
 from flctl.records import Run
 

@@ -38,6 +38,8 @@ def check_models(
 ) -> None:
     """The same, but for the limits of the sites' queues."""
     check_train(workspace, sites, configuration)
+    if configuration.evaluation.patience or configuration.evaluation.roll_back:
+        check_validation(workspace, configuration, sites)
     check_rule(workspace, configuration, len(sites), least)
     check_place(workspace, configuration)
     check_plan(workspace, configuration, workspace.newest_model().version, models)
@@ -98,6 +100,17 @@ def check_train(workspace: Workspace, sites: tuple[str, ...], configuration: Con
                         f"{workspace.root / file}: train.{key}: train.py has no such option; {advice}",
                         hint=f"correct {workspace.root / file}",
                     )
+
+
+def check_validation(workspace: Workspace, configuration: Configuration, sites: Sequence[str]) -> None:
+    """ConfigurationError if a site keeps no text for evaluation. A trainer of its own may have options of its own."""
+    for name in sites:
+        profile = load_profile(workspace, name)
+        if not profile.environment.trainer and {**configuration.train, **profile.train}.get("validation") == 0:
+            raise ConfigurationError(
+                f"train.validation is 0 at {name}, so that nothing is evaluated there",
+                hint=f"set it above 0 in flctl.toml, or in sites/{name}.toml",
+            )
 
 
 def check_rule(workspace: Workspace, configuration: Configuration, sites: int, least: int) -> None:

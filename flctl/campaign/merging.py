@@ -99,6 +99,7 @@ def journal_model(workspace: Workspace, version: int) -> None:
         warnings=gates.warnings_of(record),
         privacy=shown(record),
         seconds=record.get("seconds"),
+        **{key: record[key] for key in ("rolled_back_to",) if key in record},
     )
 
 

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, field
 
+from flctl.campaign.matrix import history_of
 from flctl.campaign.report import failed_runs
 from flctl.campaign.workspace import Workspace
 from flctl.records import Run, Stage
@@ -31,7 +32,7 @@ class Needed:
 
 def needed(workspace: Workspace, keep: int) -> Needed:
     """What must stay so that all runs under way go on, and the `keep` newest versions can be made again: their bases
-    with the rule's state, their contributions. The first model stays, too."""
+    with the rule's state, their contributions. The first model stays, too, and the best."""
     newest = workspace.newest_model().version
     kept = frozenset([model.version for model in workspace.models()][-keep:])
     retried = {(run.site, run.number) for run in failed_runs(workspace)}
@@ -41,7 +42,10 @@ def needed(workspace: Workspace, keep: int) -> Needed:
         if run.open or (run.site, run.number) in retried or (run.stage == Stage.FETCHED and run.order.round > newest)
     )
     bases = {parent["version"] for parent in workspace.model_record(newest).get("parents", [])}
+    best, plan = history_of(workspace).best, workspace.plan()
     found = Needed(kept=kept, from_version=min(kept | bases), versions={0, *kept}, alive=alive)
+    found.versions |= {version for version in (best, plan.evaluates if plan else None) if version is not None}
+    found.versions |= {back.source for back in plan.rolled_back if back.version > newest} if plan else set()
     for version in sorted(kept):
         record = workspace.model_record(version)
         found.versions |= {parent["version"] for parent in record.get("parents", [])}

@@ -137,7 +137,7 @@ def _at(matter: Matter, site: Site, told: Told) -> Outlook:
         queue=limits.named(site, matter.now),
         account=shape.account,
         node_hours_round=hours,
-        node_hours_plan=hours * matter.models,
+        node_hours_plan=hours * matter.models + last_evaluation(matter, site),
         used=budget.used(workspace, name),
         reserved=budget.reserved(workspace, name),
         budget=site.budget.max_node_hours,
@@ -247,6 +247,13 @@ def jobs_of_round(configuration: Configuration, sites: Sequence[str], name: str)
     trains = name in sites
     evaluates = trains and configuration.evaluation.cross
     return trains + evaluates + (configuration.aggregation.aggregate_at == name)
+
+
+def last_evaluation(matter: Matter, site: Site) -> float:
+    """Node-hours of evaluating the plan's last model, where the best version is gone back to and nothing else does."""
+    table = matter.configuration.evaluation
+    asked = table.roll_back and not table.cross and matter.models > 0 and site.name in matter.plan.sites
+    return budget.node_hours(site) if asked else 0.0
 
 
 def is_resident(workspace: Workspace, name: str) -> bool:

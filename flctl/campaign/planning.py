@@ -4,7 +4,7 @@ import time
 from dataclasses import replace
 
 from flctl import faults
-from flctl.campaign import attempts, budget, driver, steps
+from flctl.campaign import attempts, budget, deciding, driver, steps
 from flctl.campaign.config import Configuration, load_configuration, load_profile, whole_profile
 from flctl.campaign.engine import Engine
 from flctl.campaign.foresight import check_rule, foresee
@@ -12,6 +12,8 @@ from flctl.campaign.report import failed_runs
 from flctl.campaign.workspace import Workspace
 from flctl.errors import ConfigurationError, FlctlError, Interrupted, Locked, LoginTooSoon, UsageError
 from flctl.facility import allowance
+from flctl.policy import decide
+from flctl.policy.evaluating import CANCELLED
 from flctl.records import Cause, Failure, Plan, Run, Stage, Work
 
 NO_SITES = "flctl site add NAME; flctl site list --available shows which there are"
@@ -29,8 +31,15 @@ def chosen_sites(workspace: Workspace, names: list[str]) -> tuple[str, ...]:
 
 
 def is_open(workspace: Workspace, plan: Plan) -> bool:
-    """Whether the plan is still to be fulfilled: a model is missing, or a run of it is under way."""
-    return workspace.newest_model().version < plan.target or any(run.open for run in workspace.runs())
+    """Whether the plan is still to be fulfilled: a model is missing, or a run of it is under way, or what was to be
+    evaluated is not, or the best version is to be gone back to."""
+    if workspace.newest_model().version < plan.target or any(run.open for run in workspace.runs()):
+        return True
+    configuration = load_configuration(workspace)
+    view = deciding.view_of(workspace, configuration)
+    if view is None or not (plan.evaluates is not None or plan.rolled_back or configuration.evaluation.roll_back):
+        return False
+    return not decide(configuration.policy.name, view, time.time()).done
 
 
 def drafted(workspace: Workspace, sites: tuple[str, ...], rounds: int | None, steps_: int | None) -> Plan:
@@ -38,13 +47,19 @@ def drafted(workspace: Workspace, sites: tuple[str, ...], rounds: int | None, st
     configuration, last = load_configuration(workspace), workspace.plan()
     first = workspace.newest_model().version + 1
     return Plan(
-        number=last.number + 1 if last else max((run.order.plan for run in workspace.runs()), default=1),
+        number=next_number(workspace),
         sites=sites,
         first=first,
         target=first + (rounds or 1) - 1,
         steps=steps_ or configuration.steps,
         min_sites=configuration.campaign.min_sites or len(sites),
+        rolled_back=last.rolled_back if last else (),
     )
+
+
+def next_number(workspace: Workspace) -> int:
+    last = workspace.plan()
+    return last.number + 1 if last else max((run.order.plan for run in workspace.runs()), default=1)
 
 
 def proposed(workspace: Workspace, names: list[str], rounds: int | None, steps_: int | None) -> Plan:
@@ -72,28 +87,54 @@ def open_plan(workspace: Workspace, names: list[str], rounds: int | None, steps_
     """The plan to work on: the open one, if the arguments do not contradict it, else a new one, written."""
     driver.ours(workspace)
     with workspace.lock_campaign():
-        current = workspace.plan()
-        if current is not None and is_open(workspace, current):
-            agree(workspace, current, names, rounds, steps_)
+        current = continued(workspace, names, rounds, steps_)
+        if current is not None:
             left = current.target - workspace.newest_model().version
-            foresee(workspace, load_configuration(workspace), current.sites, current.min_sites, left)
+            if current.evaluates is None:
+                foresee(workspace, load_configuration(workspace), current.sites, current.min_sites, left)
             return current
-        plan = proposed(workspace, names, rounds, steps_)
-        faults.point("plan", str(plan.target))
-        workspace.save_plan(plan)
-        faults.point("plan-recorded", str(plan.target))
-        workspace.journal.append("plan", sites=list(plan.sites), first=plan.first, target=plan.target, steps=plan.steps)
-        return plan
+        return written(workspace, proposed(workspace, names, rounds, steps_))
+
+
+def written(workspace: Workspace, plan: Plan) -> Plan:
+    """A new plan in the place of the last one."""
+    faults.point("plan", str(plan.target))
+    workspace.save_plan(plan)
+    faults.point("plan-recorded", str(plan.target))
+    told = {"evaluates": plan.evaluates} if plan.evaluates is not None else {"steps": plan.steps}
+    workspace.journal.append("plan", sites=list(plan.sites), first=plan.first, target=plan.target, **told)
+    return plan
+
+
+def continued(workspace: Workspace, names: list[str], rounds: int | None, steps_: int | None) -> Plan | None:
+    """The open plan, if there is one. UsageError if the arguments contradict it; but one whose models are all made, and
+    whose last evaluation nobody has begun, gives way to them."""
+    plan = workspace.plan()
+    if plan is None or not is_open(workspace, plan):
+        return None
+    try:
+        agree(workspace, plan, names, rounds, steps_)
+    except UsageError:
+        missing = plan.evaluates is not None or workspace.newest_model().version < plan.target
+        if missing or any(run.open for run in workspace.runs()):
+            raise
+        return None
+    return plan
 
 
 def agree(workspace: Workspace, plan: Plan, names: list[str], rounds: int | None, steps_: int | None) -> None:
     """UsageError if the arguments ask for something else than the open plan."""
+    if plan.evaluates is not None and (names or rounds or steps_):
+        raise UsageError(
+            f"model {plan.evaluates:04d} is being evaluated at {', '.join(plan.sites)}, and this asks for a new model",
+            hint="flctl round without these options goes on with it; flctl cancel ends it",
+        )
     sites = None if not names else tuple(sorted(workspace.profiles if names == ["all"] else set(names)))
     different = [
         f"--{option} {ours} (the plan says {theirs})"
         for option, ours, theirs in (
             ("sites", sites and " ".join(sites), " ".join(plan.sites)),
-            ("rounds", rounds, plan.target - plan.first + 1),
+            ("rounds", None if plan.ended else rounds, plan.target - plan.first + 1),
             ("steps", steps_, plan.steps),
         )
         if ours is not None and ours != theirs
@@ -188,9 +229,6 @@ def open_targets(workspace: Workspace, site: str | None) -> list[Run]:
     return runs if site is None else affected(workspace, site, "is under way", runs)
 
 
-CANCELLED = "cancelled with flctl cancel"
-
-
 def cancel_run(engine: Engine, run: Run) -> Run:
     return _end(engine, run, CANCELLED)
 
@@ -204,8 +242,13 @@ def end_plan(workspace: Workspace) -> None:
     """Close the plan at the newest model there is."""
     with workspace.lock_campaign():
         plan, newest = workspace.plan(), workspace.newest_model().version
-        if plan is not None and newest < plan.target:
-            workspace.save_plan(replace(plan, target=newest))
+        if plan is not None and is_open(workspace, plan):
+            begun = {run.site for run in workspace.runs() if run.order.plan == plan.number}
+            sites = plan.sites if plan.evaluates is None else tuple(site for site in plan.sites if site in begun)
+            made = tuple(back for back in plan.rolled_back if back.version <= newest)
+            workspace.save_plan(
+                replace(plan, target=min(newest, plan.target), ended=CANCELLED, sites=sites, rolled_back=made)
+            )
             faults.point("plan-end-recorded", str(newest))
             workspace.journal.append("plan ended", target=newest)
 

@@ -43,6 +43,11 @@ def _betrayal(configuration: "Configuration") -> str:
     """What would tell of a contribution beside the model, or change the model by more than its clipped update."""
     if not configuration.privacy.noise_multiplier:
         return ""
+    for key in ("patience", "roll_back"):
+        if getattr(configuration.evaluation, key):
+            return (
+                f"evaluation.{key} lets the losses on the sites' data decide which model stays, which no epsilon covers"
+            )
     if configuration.evaluation.cross:
         return "evaluation.cross sends each contribution to the other sites as it is, which no noise on the model hides"
     for gate in ("norm", "cosine"):
@@ -132,6 +137,8 @@ def multipliers(workspace: Workspace, version: int) -> dict[int, float]:
         if number not in found and (record.get("contributions") or (number and record.get("adopted"))):
             found[number] = (record.get("privacy") or {}).get("noise_multiplier", 0.0)
             ahead += [parent["version"] for parent in record.get("parents", [])]
+        if record.get("rolled_back_to") is not None:  # the versions in between were seen, too
+            ahead.append(number - 1)
     return dict(sorted(found.items()))
 
 

@@ -68,13 +68,15 @@ def rebuild(
     record = workspace.model_record(version)
     told, stopped = progress or _silent, stop or _never
     own, given = Findings(), Findings()
-    theirs = [*_inputs(workspace, record, given)] if record.get("contributions") else []
+    back = record.get("rolled_back_to") is not None
+    theirs = [*_inputs(workspace, record, given)] if record.get("contributions") or back else []
     mine = _model_entries(workspace, version, record)
     _hash(workspace.root, [(entry, own) for entry in mine] + [(entry, given) for entry in theirs], told, stopped)
     if folder_sha256(_entries(record["files"])) != record["sha256"]:
         own.differing.append(_place(workspace, workspace.model_folder(version) / "flctl.json"))
-    possible = bool(record.get("contributions")) and given.clean and not given.collected
-    remade = _remade(workspace, version, record, told, stopped) if possible else ()
+    possible = bool(record.get("contributions") or back) and given.clean and not given.collected
+    remake = _copied if back else _remade
+    remade = remake(workspace, version, record, told, stopped) if possible else ()
     return Rebuilt(
         version=version,
         sha256=record["sha256"],
@@ -204,6 +206,17 @@ def _remade(
         finally:
             shutil.rmtree(draft, ignore_errors=True)
     came = [*_placed(workspace, target, made.files), *_placed(workspace, target / STATE, _entries(remembered))]
+    return tuple(sorted({entry.path for entry in {*came} ^ {*_model_entries(workspace, version, record)}}))
+
+
+def _copied(
+    workspace: Workspace, version: int, record: Mapping[str, Any], told: Progress, stopped: Stop
+) -> tuple[str, ...]:
+    """The files, the state's among them, in which a version differs from the one that it has the weights of."""
+    source = record["rolled_back_to"]
+    theirs, target = workspace.model_record(source), workspace.model_folder(version)
+    came = [*_placed(workspace, target, _entries(theirs["files"]))]
+    came += _placed(workspace, target / STATE, _entries((theirs.get("state") or {"files": []})["files"]))
     return tuple(sorted({entry.path for entry in {*came} ^ {*_model_entries(workspace, version, record)}}))
 
 

@@ -9,7 +9,7 @@ from flctl.campaign import shipped
 from flctl.campaign.config import load_configuration, load_profile, whole_profile
 from flctl.campaign.contacts import failure_of
 from flctl.campaign.foresight import check_models
-from flctl.campaign.planning import NO_SITES, agree, check_least, drafted, is_open, proposed
+from flctl.campaign.planning import NO_SITES, check_least, continued, drafted, proposed
 from flctl.campaign.privacy import outlook
 from flctl.campaign.session import VARIABLE
 from flctl.campaign.steps.deliver import read_template
@@ -28,12 +28,7 @@ def rehearse(
 ) -> tuple[Plan, dict[str, str]]:
     """The plan, and the job script of each site's next run (and of a merge, where a site makes it). Before the first
     login `$WORK` stands as `/_WORK_`: only the site knows it."""
-    current = workspace.plan()
-    if current is not None and is_open(workspace, current):
-        agree(workspace, current, names, rounds, steps)
-        plan = current
-    else:
-        plan = proposed(workspace, names, rounds, steps)
+    plan = making(workspace, names, rounds, steps) or proposed(workspace, names, rounds, steps)
     return plan, scripts_of(workspace, plan)
 
 
@@ -41,10 +36,7 @@ def considered(
     workspace: Workspace, names: list[str], rounds: int | None, steps: int | None
 ) -> tuple[Plan | None, Problems]:
     """The same plan, of those sites whose profiles are whole (None: of none is), and all that speaks against it."""
-    current, problems = workspace.plan(), Problems()
-    plan = current if current is not None and is_open(workspace, current) else None
-    if plan is not None:
-        agree(workspace, plan, names, rounds, steps)
+    problems, plan = Problems(), making(workspace, names, rounds, steps)
     wanted = plan.sites if plan else tuple(workspace.profiles) if names in ([], ["all"]) else tuple(sorted(set(names)))
     if not wanted:
         raise ConfigurationError(f"the campaign has no sites: {workspace.root / 'sites'} is empty", hint=NO_SITES)
@@ -61,6 +53,13 @@ def considered(
     except FlctlError as error:
         problems.append((error.site or "", failure_of(error)))
     return plan, problems
+
+
+def making(workspace: Workspace, names: list[str], rounds: int | None, steps: int | None) -> Plan | None:
+    """The open plan, unless it only evaluates: then what follows it is looked at."""
+    current = workspace.plan()
+    evaluates = current is not None and current.evaluates is not None
+    return None if evaluates else continued(workspace, names, rounds, steps)
 
 
 def _broken(workspace: Workspace, name: str) -> FlctlError | None:

@@ -1,11 +1,9 @@
 """Owns the merge that a site makes (`aggregate_at`): who may make it, its order, and the model of what came back."""
 
 import math
-import os
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from flctl import faults
@@ -14,12 +12,13 @@ from flctl.campaign.config import Configuration, load_profile
 from flctl.campaign.contacts import failure_of
 from flctl.campaign.merge_files import asked_of, own_files, state_files, state_name
 from flctl.campaign.merging import STATE, contributions_of, draft_folder, publish, settings_of, sources_of
-from flctl.campaign.workspace import Workspace, fsync_folder
+from flctl.campaign.workspace import Workspace
 from flctl.codec import to_data
+from flctl.durable import link_files
 from flctl.errors import AggregationRefused, ConfigurationError
 from flctl.facility.profile import missing
 from flctl.policy import Decision
-from flctl.policy.sync import contribution_name
+from flctl.policy.evaluating import contribution_name
 from flctl.records import Merge, Order, Part, Run, SiteMerge, Stage, Subject, Work, folder_sha256
 
 if TYPE_CHECKING:
@@ -140,11 +139,7 @@ def adopted(workspace: Workspace, run: Run) -> "Made":
     coefficients = _coefficients(run, run.contribution.metrics)
     shutil.rmtree(draft, ignore_errors=True)
     try:
-        for entry in files:
-            (draft / entry.path).parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-            _link(out / entry.path, draft / entry.path)
-        for folder, _, _ in os.walk(draft):
-            fsync_folder(Path(folder))
+        link_files(out, [entry.path for entry in files], draft)
     except OSError as error:
         shutil.rmtree(draft, ignore_errors=True)
         raise translated(error, draft) from error
@@ -166,12 +161,3 @@ def _seconds(metrics: Mapping[str, Any]) -> float:
     """What the merge took, as the site says; 0 where it says something else."""
     told = metrics.get("seconds")
     return float(told) if isinstance(told, int | float) else 0.0
-
-
-def _link(source: Path, target: Path) -> None:
-    try:
-        os.link(source, target)
-    except OSError:
-        shutil.copyfile(source, target)
-        with target.open("rb") as file:
-            os.fsync(file.fileno())

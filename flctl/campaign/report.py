@@ -157,6 +157,8 @@ def alternative(workspace: Workspace, run: Run) -> str:
     """What a person may do about a failed run instead of `flctl retry`."""
     if run.order.work == Work.MERGE:
         return 'aggregate_at = "" in flctl.toml'
+    if run.order.work == Work.EVALUATE:
+        return "go on without it: no model waits for an evaluation"
     plan = workspace.plan()
     if plan is not None and set(plan.sites) - plan.skips(run.order.round) - {run.site}:
         return f"flctl skip {run.site}"

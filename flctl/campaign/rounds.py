@@ -22,7 +22,8 @@ from flctl.errors import (
     exit_code_of,
 )
 from flctl.policy import Decision
-from flctl.records import Contact, Failure, Plan, Run, Work
+from flctl.policy.evaluating import CANCELLED
+from flctl.records import Contact, Failure, Plan, Run, Stage, Work
 
 UNREACHABLE_PATIENCE = 900.0
 """Seconds for which `round` goes on trying a site that it had reached before; ticks never give up."""
@@ -85,15 +86,28 @@ def _elapsed(engine: Engine, decision: Decision | None, wait: float | None) -> O
 
 
 def _finished(workspace: Workspace, plan: Plan) -> Outcome:
-    """Nothing of the plan is left to do: fulfilled, or ended by somebody while we waited."""
-    newest = workspace.newest_model().version
-    if newest >= plan.target:
+    """Nothing of the plan is left to do: fulfilled, ended by its patience, or by somebody while we waited. A plan that
+    only evaluates is fulfilled if every site did."""
+    newest, now = workspace.newest_model().version, workspace.plan()
+    if plan.evaluates is not None:
+        return _evaluated(workspace, plan)
+    stopped = now is not None and now.number == plan.number and now.ended not in ("", CANCELLED)
+    if newest >= plan.target or stopped:
         return Outcome(done=True, errors=_lasting(workspace, plan))
     error = JobFailed(
         f"the plan was cancelled before model {plan.target:04d} was made; the newest is {newest:04d}",
         hint="flctl round makes the next one",
     )
     return Outcome(done=False, errors=[("", failure_of(error))])
+
+
+def _evaluated(workspace: Workspace, plan: Plan) -> Outcome:
+    runs = {run.site: run for run in workspace.runs() if run.order.plan == plan.number}
+    failed = _unique(_lasting(workspace, plan))
+    if all(site in runs and runs[site].stage == Stage.FETCHED for site in plan.sites):
+        return Outcome(done=True, errors=failed)
+    error = JobFailed(f"the evaluation of model {plan.evaluates:04d} was cancelled", hint="flctl evaluate begins anew")
+    return Outcome(done=False, errors=failed or [("", failure_of(error))])
 
 
 def _try_again(workspace: Workspace) -> None:

@@ -148,7 +148,11 @@ def _fill_in(workspace: Workspace, orders: list[tuple[str, dict[str, Any]]]) -> 
     from flctl.campaign.creation import TRAIN, toml_lines
 
     train: dict[str, Any] = {}
-    names = {work: {name for name, order in orders if order.get("work") == work} for work in ("train", "evaluate")}
+    names = {"train": set[str](), "evaluate": set[str]()}
+    for name, order in orders:
+        # One that only names versions is of `flctl evaluate`, or of a return to the best one.
+        if order.get("work") == "train" or (order.get("work") == "evaluate" and _of_others(order)):
+            names[order["work"]].add(name)
     for name, order in sorted(orders, key=lambda item: _whole(item[1].get("round"))):
         if order.get("work") == "train" and isinstance(order.get("train"), dict):
             own = load_profile(workspace, name).train
@@ -165,6 +169,13 @@ def _fill_in(workspace: Workspace, orders: list[tuple[str, dict[str, Any]]]) -> 
         rest = rest.replace("cross = false", "cross = true")
     note = tail.split("\n", 1)[0]
     write_atomic(path, f"{head}[train]{note}\n{toml_lines(train)}\n{rest}".encode())
+
+
+def _of_others(order: dict[str, Any]) -> bool:
+    """Whether an evaluation is about what other sites contributed."""
+    subjects = order.get("subjects")
+    names = [item.get("name") for item in subjects if isinstance(item, dict)] if isinstance(subjects, list) else []
+    return any(not str(name).isdigit() for name in names)
 
 
 def _whole(value: object) -> int:

@@ -10,7 +10,8 @@ from flctl.campaign.config import Configuration
 from flctl.durable import read_plain
 from flctl.errors import ConfigurationError
 from flctl.facility.profile import Site
-from flctl.facility.script import PYTHON, Plain
+from flctl.facility.script import PYTHON
+from flctl.facility.shell import Plain
 from flctl.records import FileEntry, folder_sha256
 
 FOLDER = "trainer"

@@ -192,6 +192,7 @@ class Workspace:
                 sha256=record["sha256"],
                 steps=record.get("steps", 0),
                 merged=tuple((item["site"], item["number"]) for item in record.get("contributions", [])),
+                rolled_back_to=record.get("rolled_back_to"),
             )
         except (KeyError, TypeError) as error:
             raise ConfigurationError(f"{self.model_folder(version) / 'flctl.json'}: {error!r} is wrong") from error

@@ -18,8 +18,10 @@ from flctl.cli import (
     auth,
     campaign,
     demo,
+    evaluate,
     export,
     gc,
+    history,
     init,
     interventions,
     login,
@@ -52,7 +54,20 @@ HINTS = {"--sites": "--sites a b, --sites a,b or --sites all", "--option": "--op
 WHOLE = frozenset({"--bases", "--option"})  # their words may hold commas
 CAMPAIGN_OPTIONS = frozenset({"-C", "--campaign"})
 JSON_COMMANDS = frozenset(
-    {"round", "plan", "status", "login", "aggregate", "verify", "audit", "gc", "campaign tick", "auth test"}
+    {
+        "round",
+        "evaluate",
+        "plan",
+        "status",
+        "history",
+        "login",
+        "aggregate",
+        "verify",
+        "audit",
+        "gc",
+        "campaign tick",
+        "auth test",
+    }
     | {"site list", "site show", "site test", "site stage"}
 )
 
@@ -82,7 +97,23 @@ def flctl(
     context.obj = folder
 
 
-for module in (init, adopt, demo, plan, round, status, login, interventions, aggregate, verify, audit, export, gc):
+for module in (
+    init,
+    adopt,
+    demo,
+    plan,
+    round,
+    evaluate,
+    status,
+    history,
+    login,
+    interventions,
+    aggregate,
+    verify,
+    audit,
+    export,
+    gc,
+):
     module.register(app)
 app.add_typer(site.app, name="site")
 app.add_typer(auth.app, name="auth")

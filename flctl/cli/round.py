@@ -13,6 +13,7 @@ from flctl.campaign.workspace import Workspace
 from flctl.cli.moving import a_person, find, leave, moving
 from flctl.cli.output import Grid, console, number, print_failures, print_json, say, unheard
 from flctl.errors import UsageError
+from flctl.policy.evaluating import CANCELLED
 from flctl.records import Plan
 from flctl.words import plain
 
@@ -48,30 +49,38 @@ def round_(
     raise typer.Exit(run_round(workspace, plan, limit, json=json))
 
 
-def run_round(workspace: Workspace, plan: Plan, wait: float | None, *, json: bool = False) -> int:
+def run_round(
+    workspace: Workspace, plan: Plan, wait: float | None, *, json: bool = False, command: str = "round"
+) -> int:
     """Drive the open plan to its end with a view of it. Returns the exit code."""
     from flctl.campaign.config import load_configuration
     from flctl.campaign.outlook import brief
     from flctl.campaign.report import progress
     from flctl.campaign.rounds import drive
+    from flctl.cli import evaluate
 
     live = sys.stdout.isatty() and not json
     stream = sys.stderr if json else sys.stdout
     first = workspace.newest_model().version
     lines = View(workspace, stream if not live else None)
     lend = lines.lend if a_person() else None
-    with moving(workspace, lines.tell, "round" if json else "", terminal=lend) as engine:
+    with moving(workspace, lines.tell, command if json else "", terminal=lend) as engine:
         lines.engine = engine
         with lines:
-            for line in brief(workspace, load_configuration(workspace), plan):
+            for line in brief(workspace, load_configuration(workspace), plan) if plan.evaluates is None else ():
                 lines.tell(line)
             outcome = drive(engine, plan, wait=wait, pause=engine.stop.wait)
     if json:
         data = progress(workspace, done=outcome.done)
-        print_json("round", status=outcome.status, exit_code=outcome.exit_code, data=data, errors=outcome.errors)
+        if plan.evaluates is not None:
+            data["evaluation"] = {"model": plan.evaluates, "sites": evaluate.scored(workspace, plan)}
+        print_json(command, status=outcome.status, exit_code=outcome.exit_code, data=data, errors=outcome.errors)
     else:
         with unheard():
-            _print_end(workspace, outcome, first)
+            if plan.evaluates is None:
+                _print_end(workspace, outcome, first)
+            else:
+                evaluate.print_end(workspace, plan, outcome)
     if engine.abandoned:
         leave(outcome.exit_code)
     return outcome.exit_code
@@ -121,7 +130,7 @@ class View:
     def _table(self) -> "Table":
         from flctl.campaign.report import ago, state_of
 
-        grid = Grid(("site", "run", "state", "since", "now"), title=f"model {self._making():04d} is being made")
+        grid = Grid(("site", "run", "state", "since", "now"), title=self._title())
         doing = dict(self.engine.doing) if self.engine else {}
         open_runs = {run.site: run for run in self.workspace.runs() if run.open}
         for site in sorted(open_runs):
@@ -133,8 +142,11 @@ class View:
             grid.add("", "", doing[""].what, ago(doing[""].since), "")
         return grid.rich()
 
-    def _making(self) -> int:
-        return self.workspace.newest_model().version + 1
+    def _title(self) -> str:
+        plan, newest = self.workspace.plan(), self.workspace.newest_model().version
+        if plan is not None and newest >= plan.target:
+            return f"model {newest if plan.evaluates is None else plan.evaluates:04d} is being evaluated"
+        return f"model {newest + 1:04d} is being made"
 
 
 def _moving(now: object) -> str:
@@ -175,6 +187,11 @@ def _print_end(workspace: Workspace, outcome: "Outcome", first: int) -> None:
     for version in range(first + 1, model.version + 1):
         for warning in warnings_of(workspace.model_record(version)):
             print(f"model {version:04d} is merged with a warning: {warning}")
+    plan = workspace.plan()
+    if plan is not None and plan.ended not in ("", CANCELLED):
+        print(f"the plan ended at model {plan.target:04d}: {plan.ended}")
+    if model.rolled_back_to is not None and model.version > first:
+        print(f"model {model.version:04d} has the weights of model {model.rolled_back_to:04d}, the best so far")
     if told := shown(workspace.model_record(model.version)):
         print(f"privacy: {line(told)}")
     print_failures(outcome.errors)

@@ -62,6 +62,10 @@ def _print(workspace: Workspace, runs: tuple[Run, ...], data: dict[str, Any], ev
         print(f"privacy: {line(model['privacy'])}")
     if plan is not None and plan.target > model["version"]:
         print(f"plan: models {plan.first:04d} to {plan.target:04d} by {', '.join(plan.sites)}")
+    elif plan is not None and plan.evaluates is not None and any(run.open for run in runs):
+        print(f"plan: model {plan.evaluates:04d} is evaluated at {', '.join(plan.sites)}")
+    elif plan is not None and plan.ended:
+        print(f"the plan ended at model {plan.target:04d}: {plan.ended}")
     _print_runs(workspace, runs, data, everything)
     _print_sites(workspace, runs, data)
     _print_means(data)

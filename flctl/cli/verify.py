@@ -83,7 +83,9 @@ def _print(found: "Rebuilt") -> None:
     if found.agrees:
         print(f"model {found.version:04d}  sha256 {found.sha256[:16]}  every bit agrees")
     looked = f"{found.files} files hashed, {found.bytes:,} bytes, {found.seconds:.1f} s"
-    if found.rebuilt:
+    if found.rebuilt and not found.contributions:
+        print(f"it has the weights of an earlier version, and the same files; {looked}")
+    elif found.rebuilt:
         print(f"made again from {_counted(found.contributions)}; {looked}")
     elif found.collected:
         print(f"not made again, as what it was made from was collected by gc on {found.collected}; {looked}")

@@ -1,30 +1,50 @@
 """The synchronous policy: one merge waits for one run of each planned site (FedAvg's round, McMahan et al. 2017)."""
 
+from flctl.policy.evaluating import CANCELLED, better, order_of, stopping
 from flctl.policy.view import Decision, View, weight_of
-from flctl.records import CLOSED, Merge, Model, Order, Run, Stage, Subject, Work
+from flctl.records import CLOSED, Merge, Model, Order, Run, Stage, Work
 
 
 def decide(view: View, now: float) -> Decision:
     """What to do next. `now` is not looked at: rounds end by events, never by time."""
     newest = view.models[-1]
-    evaluations = _evaluations(view, newest) if view.cross_evaluation else []
+    evaluations = _evaluations(view, newest)
     busy = frozenset(run.site for run in view.runs if run.open)
     if newest.version >= view.plan.target:
-        done = all(view.evaluate_run(order.site, newest.version) is not None for order in evaluations) and not busy
-        return Decision(orders=_free(evaluations, busy, view), done=done)
+        return _end(view, newest, evaluations, busy)
     version = newest.version + 1
     if version < view.plan.first:
-        return _again(view, newest)
+        return again(view)
     sites = [site for site in view.plan.sites if site not in view.plan.skips(version)]
     runs = [run for site in sites if (run := view.train_run(site, version)) is not None]
     if len(runs) == len(sites) and all(run.stage in CLOSED for run in runs):
         return _close(view, newest, runs)
+    if not runs and view.patience:  # what may end the plan is awaited
+        if not all(_is_over(view, order) for order in evaluations):
+            return Decision(orders=_free(evaluations, busy, view))
+        if reason := stopping(view):
+            return Decision(stop=reason)
     training = [_training(view, newest, site) for site in sites if view.train_run(site, version) is None]
     return Decision(orders=_first_of_each(_free(evaluations, busy, view), training, busy))
 
 
-def _again(view: View, newest: Model) -> Decision:
+def _end(view: View, newest: Model, evaluations: list[Order], busy: frozenset[str]) -> Decision:
+    """The last model is made: what is to be evaluated of it is, then the best version is gone back to."""
+    if busy or any(view.evaluate_run(order.site, newest.version) is None for order in evaluations):
+        return Decision(orders=_free(evaluations, busy, view))
+    if view.plan.ended != CANCELLED and (best := better(view)) is not None:
+        return Decision(roll_back=best)
+    return Decision(done=True)
+
+
+def _is_over(view: View, order: Order) -> bool:
+    run = view.evaluate_run(order.site, order.round)
+    return run is not None and not run.open
+
+
+def again(view: View) -> Decision:
     """The next model was made before this plan, and is gone: made once more of what was fetched for it then."""
+    newest = view.models[-1]
     version = newest.version + 1
     ended = [run for run in view.runs if (run.order.work, run.order.round) == (Work.TRAIN, version)]
     runs = {run.site: run for run in sorted(ended, key=lambda run: run.number) if run.stage in CLOSED}
@@ -67,35 +87,16 @@ def _training(view: View, newest: Model, site: str) -> Order:
 
 
 def _evaluations(view: View, newest: Model) -> list[Order]:
-    """For each planned site: evaluate the newest model and what the other sites contributed to it."""
-    if newest.version < view.plan.first:
+    """For each planned site: evaluate the newest model, and what the other sites contributed to it; or, where the best
+    version is gone back to, the last model, which no training run looks at."""
+    last = view.roll_back and newest.version >= view.plan.target
+    if newest.version < view.plan.first or newest.rolled_back_to is not None or view.plan.ended == CANCELLED:
         return []
+    if not view.cross_evaluation:
+        return [order_of(view, site, newest) for site in view.plan.sites] if last else []
     contributed = {(run.site, run.number): run for run in view.runs if run.contribution is not None}
-    orders = []
-    for site in view.plan.sites:
-        others = [contributed[key] for key in newest.merged if key[0] != site and key in contributed]
-        subjects = [Subject(name=f"{newest.version:04d}", sha256=newest.sha256)]
-        subjects += [
-            Subject(name=contribution_name(run), sha256=run.contribution.sha256)
-            for run in others
-            if run.contribution is not None
-        ]
-        orders.append(
-            Order(
-                site=site,
-                work=Work.EVALUATE,
-                plan=view.plan.number,
-                base=newest.version,
-                round=newest.version,
-                subjects=tuple(subjects),
-            )
-        )
-    return orders
-
-
-def contribution_name(run: Run) -> str:
-    """The folder name of a site's contribution where it is a model among models: `karolina-0002-1`."""
-    return f"{run.site}-{run.number:04d}-{run.attempt}"
+    given = [contributed[key] for key in newest.merged if key in contributed]
+    return [order_of(view, site, newest, [run for run in given if run.site != site]) for site in view.plan.sites]
 
 
 def _free(orders: list[Order], busy: frozenset[str], view: View) -> tuple[Order, ...]:

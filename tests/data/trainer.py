@@ -1,8 +1,9 @@
 """A trainer that is not PyTorch: a small user of the job contract, for tests of everything around it.
 
 `train.behave` of the order says what it does: good | fail (`train.says` is its last line) | nan | shape | missing |
-hang | silent | die (with every process of its job); `train.scale` how far it goes at random, `train.shift` how far all
-values go in one direction; `train.step_seconds`: how long a step takes, each saved in its checkpoint."""
+hang | silent | die (with every process of its job) | blind (only its evaluations fail); `train.losses`: the loss of each
+version, the last one for all that follow; `train.scale` how far it goes at random, `train.shift` how far all values go
+in one direction; `train.step_seconds`: how long a step takes, each saved in its checkpoint."""
 
 import json
 import os
@@ -19,8 +20,18 @@ behave = order["train"].get("behave", "good")
 out = Path(os.environ["FLCTL_OUT"])
 print("trainer: begins", flush=True)
 time.sleep(order["train"].get("seconds", 0))
+losses = order["train"].get("losses", [])
+
+
+def loss_of(version, otherwise):
+    return losses[min(int(version), len(losses) - 1)] if losses and str(version).isdigit() else otherwise
+
+
 if order["work"] == "evaluate":
-    scores = {s["name"]: {"loss": 1.0, "perplexity": 2.7, "tokens": 10} for s in order["subjects"]}
+    if behave == "blind":
+        print("flctl: error: nothing can be seen", flush=True)
+        sys.exit(3)
+    scores = {s["name"]: {"loss": loss_of(s["name"], 1.0), "perplexity": 2.7, "tokens": 10} for s in order["subjects"]}
     (out / "metrics.json").write_text(json.dumps({"evaluation": scores, "seconds": 0.1, "device": "cpu"}))
     sys.exit(0)
 if behave == "fail":
@@ -55,7 +66,7 @@ if behave == "missing":
 save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})
 samples = order["train"].get("samples", 10)
 scores = {
-    "base": {"loss": 2.0, "perplexity": 7.4, "tokens": 9},
+    "base": {"loss": loss_of(order["base"]["version"], 2.0), "perplexity": 7.4, "tokens": 9},
     "trained": {"loss": 1.0, "perplexity": 2.7, "tokens": 9},
 }
 metrics = {"steps": int(os.environ["FLCTL_STEPS"]), "samples": samples, "tokens": 5 * samples, "evaluation": scores}
