@@ -1,9 +1,9 @@
 """A trainer that is not PyTorch: a small user of the job contract, for tests of everything around it.
 
 `train.behave` of the order says what it does: good | fail (`train.says` is its last line) | nan | shape | missing |
-hang | silent | die (with every process of its job) | blind (only its evaluations fail); `train.losses`: the loss of each
-version, the last one for all that follow; `train.scale` how far it goes at random, `train.shift` how far all values go
-in one direction; `train.step_seconds`: how long a step takes, each saved in its checkpoint."""
+hang | silent | die (with every process of its job) | blind (only its evaluations fail); `train.losses`: the loss of
+each version, the last one for all that follow; `train.scale` how far it goes at random, `train.shift` how far all
+values go in one direction; `train.step_seconds`: how long a step takes, each saved in its checkpoint."""
 
 import json
 import os
