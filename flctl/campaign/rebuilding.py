@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from flctl.campaign.collected import collected_on, said
-from flctl.campaign.merging import STATE, contribution_folder, recipe_of, sources_of, state_of, state_record
+from flctl.campaign.merging import STATE, combined, contribution_folder, sources_of, state_record
 from flctl.campaign.workspace import RESTORE, Workspace, fsync_folder, lock
 from flctl.codec import from_data
 from flctl.errors import ConfigurationError, Interrupted, UsageError
@@ -182,7 +182,6 @@ def _remade(
     workspace: Workspace, version: int, record: Mapping[str, Any], told: Progress, stopped: Stop
 ) -> tuple[str, ...]:
     """The files, the state's among them, that come out otherwise than recorded."""
-    from flctl.model.merge import merge
     from flctl.model.shards import open_shards
 
     base, target = record["parents"][0]["version"], workspace.model_folder(version)
@@ -191,12 +190,12 @@ def _remade(
     with lock(workspace.root / "verify.lock", "verification", 0.0):
         shutil.rmtree(draft, ignore_errors=True)
         try:
-            made = merge(
-                workspace.model_folder(base),
+            made, _ = combined(
+                workspace,
+                base,
                 sources_of(workspace, base, record["contributions"]),
                 draft,
-                recipe=recipe_of(record),
-                state=state_of(workspace, base),
+                record,
                 progress=lambda done: told(f"making model {version:04d} again", done, total),
                 stop=stopped,
             )

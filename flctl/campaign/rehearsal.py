@@ -9,12 +9,14 @@ from flctl.campaign import shipped
 from flctl.campaign.config import load_configuration, load_profile, whole_profile
 from flctl.campaign.contacts import failure_of
 from flctl.campaign.foresight import check_models
+from flctl.campaign.frozen import place_of
 from flctl.campaign.planning import NO_SITES, agree, check_least, drafted, is_open, proposed
 from flctl.campaign.privacy import outlook
 from flctl.campaign.session import VARIABLE
 from flctl.campaign.steps.deliver import read_template
 from flctl.campaign.workspace import Workspace, write_atomic
 from flctl.errors import ConfigurationError, FlctlError
+from flctl.facility.profile import Site
 from flctl.facility.script import job_script
 from flctl.records import Failure, Plan, token_of
 
@@ -110,4 +112,13 @@ def script_of(workspace: Workspace, name: str, *, later: int = 0, merges: bool =
         data=contact.data or site.storage.data,
         now=time.time(),
         program=root / "payload" / shipped.merger_sha256() / shipped.MERGER if merges else None,
+        frozen=None if merges else _frozen_at(workspace, site, root),
     )
+
+
+def _frozen_at(workspace: Workspace, site: Site, root: PurePosixPath) -> str | None:
+    """The folder of the frozen base at the site, as far as it is known before anybody asked there."""
+    frozen = workspace.frozen()
+    if frozen is None:
+        return None
+    return workspace.contact(site.name).frozen or site.storage.frozen or str(place_of(root, frozen))

@@ -67,12 +67,15 @@ def job_script(
     data: str,
     now: float,
     program: PurePosixPath | None = None,
+    frozen: str | None = None,
 ) -> str:
     """The job script of one attempt, to be submitted about `now` (Unix seconds); the paths are absolute ones at the
-    site. `program` takes the trainer's place."""
+    site. `program` takes the trainer's place; `frozen`: the folder of the frozen base of adapters."""
     values = job_values(
         site, token=token, campaign=campaign, run=run, workdir=workdir, payload=payload, data=data, now=now
     )
+    if frozen:
+        values["container"] = Words(container_words(site, workdir, data, frozen))
     if program is not None:
         values["trainer"] = str(program)
     return render(template, values, source=f"templates/{site.scheduler.kind}.sh")

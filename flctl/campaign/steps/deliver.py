@@ -4,11 +4,12 @@ import json
 import time
 from dataclasses import replace
 from hashlib import sha256
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from flctl import faults
 from flctl.campaign import shipped
 from flctl.campaign.config import Configuration
+from flctl.campaign.frozen import place_frozen
 from flctl.campaign.merge_files import sizes_of, state_files, state_name
 from flctl.campaign.merging import STATE
 from flctl.campaign.session import Place, Session
@@ -34,7 +35,9 @@ def deliver(session: Session, run: Run, configuration: Configuration) -> Run:
     _end_earlier(session, run)
     folder = session.workspace.attempt_folder(run)
     target = remote_folder(session, run)
-    script, order = render_job(session, run).encode(), order_json(session, run, configuration)
+    frozen = place_frozen(session, configuration) if run.order.work != Work.MERGE else None
+    script = render_job(session, run, frozen).encode()
+    order = order_json(session, run, configuration, frozen)
     # A second attempt trusts nothing: the first may have failed because something there is not what it was.
     places = _model_places(session, run)
     if run.order.merge is not None:
@@ -88,7 +91,7 @@ def _remember_space(session: Session, answer: Answer) -> None:
         session.workspace.save_contact(session.site.name, replace(contact, free=free * 1024))
 
 
-def render_job(session: Session, run: Run) -> str:
+def render_job(session: Session, run: Run, frozen: PurePosixPath | None) -> str:
     """The job script of an attempt, from the campaign's template for the site's scheduler."""
     merges = run.order.work == Work.MERGE
     script = job_script(
@@ -102,6 +105,7 @@ def render_job(session: Session, run: Run) -> str:
         data=session.data,
         now=time.time(),
         program=session.merger if merges else None,
+        frozen=str(frozen) if frozen else None,
     )
     if merges and str(session.merger) not in script:
         template = session.workspace.root / "templates" / f"{session.site.scheduler.kind}.sh"
@@ -131,7 +135,7 @@ def read_template(folder: Path, kind: str) -> str:
         ) from error
 
 
-def order_json(session: Session, run: Run, configuration: Configuration) -> bytes:
+def order_json(session: Session, run: Run, configuration: Configuration, frozen: PurePosixPath | None) -> bytes:
     """The order as the site sees it; see "The contract of a job" in the documentation."""
     order, workspace = run.order, session.workspace
     data = {
@@ -152,6 +156,8 @@ def order_json(session: Session, run: Run, configuration: Configuration) -> byte
         "train": configuration.train | session.site.train,
         "subjects": to_data(order.subjects),
     }
+    if frozen and (base := workspace.frozen()):
+        data["frozen"] = {"folder": str(frozen), "sha256": base.sha256, "files": to_data(base.files)}
     if order.merge is not None:
         data["merge"] = to_data(order.merge)
         data["margin"] = SETTLING + sum(sizes_of(workspace, order).values()) / SEALING_RATE
