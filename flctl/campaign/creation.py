@@ -189,8 +189,8 @@ def _begin_adapter(
     draft: Path, base: Path, adapter: "Lora | Path", seed: int, told: Callable[[str, int, int], None] | None
 ) -> None:
     """models/0000 is an adapter for the base, and frozen.json says which base that is."""
-    from flctl.model.adapter_config import CONFIG
-    from flctl.model.lora import check_adapter, facts_of, write_fresh_adapter
+    from flctl.model.adapter_config import CONFIG, facts_of
+    from flctl.model.lora import check_adapter, write_fresh_adapter
     from flctl.model.shards import open_shards
 
     target = draft / "models" / "0000"

@@ -7,7 +7,7 @@ from typing import Any
 
 from flctl.campaign import shipped
 from flctl.campaign.config import Configuration, load_profile
-from flctl.campaign.frozen import is_there, source_of
+from flctl.campaign.frozen import is_there, known, source_of
 from flctl.campaign.privacy import check_plan
 from flctl.campaign.remote_merge import check_place
 from flctl.campaign.workspace import Workspace
@@ -144,7 +144,7 @@ def check_adapters(workspace: Workspace, configuration: Configuration) -> None:
 
 def check_frozen(workspace: Workspace, configuration: Configuration, sites: Sequence[str]) -> None:
     """ConfigurationError if the frozen base is to be brought to one of these sites and is not here."""
-    frozen = workspace.frozen()
+    frozen = known(workspace)
     if frozen and any(not is_there(workspace, load_profile(workspace, name)) for name in sites):
         source_of(workspace, configuration, frozen)
 

@@ -2,22 +2,24 @@
 that a site has it before the first job. It is brought there once; only adapters travel in the rounds."""
 
 import json
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from flctl.campaign.config import Configuration
+from flctl.campaign.config import Configuration, load_configuration
 from flctl.campaign.session import HASHING_RATE, SHARED, Session, resolve
 from flctl.campaign.workspace import Workspace
-from flctl.codec import to_data
-from flctl.errors import ConfigurationError, TransferFailed
+from flctl.codec import from_data, to_data
+from flctl.errors import ConfigurationError, TransferFailed, UsageError
 from flctl.facility.profile import Site
 from flctl.facility.shell import quote
 from flctl.records import FileEntry, Frozen, folder_sha256
 from flctl.words import printable
 
 NAME = "frozen.json"
+FILE = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_./+-]{0,200}")
 WRONG = 76
 """The exit status of seal.py where the base is not there, or another one is."""
 
@@ -43,6 +45,51 @@ def frozen_of(base: Path, adapter: dict[str, Any], told: Callable[[str, int, int
         files.append(hash_file(base, name, tell))
         done += files[-1].size
     return Frozen(sha256=folder_sha256(files), files=tuple(files), adapter=adapter)
+
+
+def frozen_told(orders: Iterable[tuple[str, Mapping[str, Any]]], adapter: dict[str, Any]) -> Frozen | None:
+    """The frozen base that orders at the sites name, the same in all; None if none does. ConfigurationError if two
+    name different ones: both have it from us."""
+    found: dict[str, str] = {}
+    frozen = None
+    for site, order in orders:
+        try:
+            files = tuple(from_data(FileEntry, item) for item in order["frozen"]["files"])
+        except (KeyError, TypeError, ValueError):
+            continue
+        if not all(FILE.fullmatch(entry.path) and ".." not in entry.path.split("/") for entry in files):
+            continue
+        frozen = Frozen(sha256=folder_sha256(files), files=files, adapter=adapter)
+        found.setdefault(frozen.sha256, site)
+    if len(found) > 1:
+        (one, its), (other, theirs) = list(found.items())[:2]
+        raise ConfigurationError(
+            f"the frozen base is {one[:16]} at {its} and {other[:16]} at {theirs}",
+            hint="one of the two holds other orders than flctl gave; adopt without that site",
+        )
+    return frozen
+
+
+def base_of(workspace: Workspace) -> tuple[Frozen, Path]:
+    """The frozen base, and its folder here. UsageError where the campaign has none."""
+    frozen = workspace.frozen()
+    if frozen is None:
+        raise UsageError("the models of this campaign are no adapters", hint="flctl export without --merged")
+    return frozen, source_of(workspace, load_configuration(workspace), frozen)
+
+
+def known(workspace: Workspace) -> Frozen | None:
+    """The frozen base; None where whole models travel. ConfigurationError if its record is lost: jobs would take the
+    adapter for a model."""
+    from flctl.model.adapter_config import is_adapter
+
+    frozen = workspace.frozen()
+    if frozen is None and is_adapter(workspace.model_folder(workspace.newest_model().version)):
+        raise ConfigurationError(
+            f"{workspace.root / NAME} is missing: it says what the base of the campaign's adapters is",
+            hint="flctl adopt makes it again from what the sites know; or restore it from a backup",
+        )
+    return frozen
 
 
 def source_of(workspace: Workspace, configuration: Configuration, frozen: Frozen) -> Path:
@@ -73,7 +120,7 @@ def place_frozen(session: Session, configuration: Configuration) -> PurePosixPat
     """The frozen base is at the site, whole; its folder there (None: the campaign has none). Nothing is hashed again
     while its files look as they did. ConfigurationError if the profile's own folder holds another one."""
     workspace, site = session.workspace, session.site
-    frozen = workspace.frozen()
+    frozen = known(workspace)
     if frozen is None:
         return None
     given = site.storage.frozen

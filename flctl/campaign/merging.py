@@ -85,7 +85,7 @@ def publish(
     """A finished draft becomes `models/<version>`, with all in its flctl.json that is needed to make it again. Returns
     what the gates warn of."""
     target, draft = workspace.model_folder(merge.version), draft_folder(workspace, merge.version)
-    parent = workspace.model_record(merge.base)
+    parent, frozen = workspace.model_record(merge.base), workspace.frozen()
     record = model_record(
         version=merge.version,
         files=made.files,
@@ -94,7 +94,7 @@ def publish(
         contributions=[{**item, **_entered(made, item["site"], item["number"])} for item in given],
         **chain.links(workspace, merge.version),
         state=state_record(made.state),
-        **({"frozen": parent["frozen"], "adapters": {"method": "mean"}} if "frozen" in parent else {}) | facts,
+        **({"frozen": frozen.sha256, "adapters": {"method": "mean"}} if frozen else {}) | facts,
     )
     write_json(draft / "flctl.json", {**record, "seconds": round(seconds, 3)})
     faults.point("model-rename", target.name)

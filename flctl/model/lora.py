@@ -6,6 +6,7 @@ Values as peft's (LoraLayer.reset_lora_parameters, 0.21): A Kaiming-uniform with
 import json
 import math
 import re
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -19,7 +20,6 @@ from flctl.model.header import packed
 from flctl.model.shards import Shards, open_shards
 
 HINT = "r=8,alpha=32,targets=q_proj+v_proj; also dropout=0.05, targets=all-linear"
-FACTS = ("r", "lora_alpha", "target_modules")
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -146,22 +146,23 @@ def _difference(shards: Shards, shapes: Shapes) -> str:
     return ""
 
 
-def facts_of(config: Mapping[str, Any]) -> dict[str, Any]:
-    """What a reader wants to know of an adapter."""
-    return {key: config[key] for key in FACTS if key in config}
-
-
 def _laid_out(base: Path, settings: Mapping[str, Any]) -> tuple[dict[str, Any], Shapes]:
     """peft's config of an adapter for the base, complete, and the shapes of the tensors that it saves; nothing of the
     base but its config is read."""
-    import torch
-
     try:
-        import peft
+        import peft  # noqa: F401
     except ImportError as error:
         raise ConfigurationError(
             "a LoRA adapter needs peft, which is not installed", hint="pip install 'flctl[lora]'"
         ) from error
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that peft sets fan_in_fan_out for Conv1D by itself
+        return _as_peft(base, settings)
+
+
+def _as_peft(base: Path, settings: Mapping[str, Any]) -> tuple[dict[str, Any], Shapes]:
+    import peft
+    import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
     known = {name for name in peft.LoraConfig.__dataclass_fields__ if name not in ("peft_type", "runtime_config")}
