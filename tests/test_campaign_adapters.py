@@ -96,8 +96,9 @@ def test_two_rounds_move_the_base_once_and_the_adapter_each_time(tmp_path: Path)
     }
     assert "a LoRA adapter: r=4, alpha=8 on q_proj, v_proj" in campaign.flctl("status").stdout
     assert campaign.json("verify")["data"]["agrees"]
-    kinds = {row["kind"]: row["files"] for row in campaign.json("audit")["data"]["crossings"] if row["site"] == "brno"}
-    assert kinds["frozen base"] == len(content_of(tmp_path / "start")) and kinds["model file"] == 2
+    rows = [row for row in campaign.json("audit")["data"]["crossings"] if row["site"] == "brno"]
+    crossed = [(row["kind"], row["files"]) for row in rows if row["kind"] in ("frozen base", "model file")]
+    assert sorted(crossed) == [("frozen base", len(content_of(tmp_path / "start"))), *[("model file", 1)] * 2]
     again = campaign.json("plan", "--rounds", "1")["data"]["sites"]
     assert [view["bytes_frozen"] for view in again] == [0, 0]
     assert campaign.flctl("gc", "--keep", "1").returncode == 0
@@ -177,8 +178,6 @@ def test_the_base_may_move_here_and_may_go_once_the_sites_have_it(tmp_path: Path
     assert campaign.json("verify")["data"]["agrees"]
     shutil.rmtree(tmp_path / "moved")
     assert campaign.flctl("round").returncode == 0
-    failed = campaign.json_of_export(tmp_path / "merged") if hasattr(campaign, "json_of_export") else None
-    assert failed is None
     ran = campaign.flctl("export", "newest", "--merged", "--out", str(tmp_path / "merged"))
     assert ran.returncode == 3 and "campaign.frozen" in ran.stderr and not (tmp_path / "merged").exists()
 
@@ -272,7 +271,6 @@ def test_a_lost_folder_is_rebuilt_with_its_base(tmp_path: Path) -> None:
     assert campaign.flctl("round", "--rounds", "2").returncode == 0
     label, profile = campaign.remote("brno").name, tmp_path / "brno.toml"
     before = json.loads((campaign.place / "frozen.json").read_text())
-    assert campaign.flctl("adopt", "-h", at=tmp_path).returncode == 0
     made = campaign.flctl("adopt", str(tmp_path / "new"), "--sites", str(profile), "--id", label, at=tmp_path)
     assert made.returncode == 0, made.stdout + made.stderr
     assert json.loads((tmp_path / "new" / "frozen.json").read_text())["files"] == before["files"]
@@ -332,15 +330,7 @@ def test_a_base_of_links_is_refused_with_the_way_out(tmp_path: Path) -> None:
     (tmp_path / "start").mkdir()
     for path in (tmp_path / "blobs").iterdir():
         (tmp_path / "start" / path.name).symlink_to(path)
-    with pytest.raises(AssertionError, match="cp -rLl"):
-        begun_at_links(tmp_path)
-
-
-def begun_at_links(root: Path) -> None:
-    campaign = Campaign.__new__(Campaign)
-    campaign.root, campaign.place, campaign.sites = root, root / "camp", ("brno",)
-    campaign.profile("brno")
-    made = campaign.flctl(
-        "init", str(campaign.place), "--sites", str(root / "brno.toml"), "--model", str(root / "start"), *LORA, at=root
-    )
-    assert made.returncode == 0, made.stderr
+    campaign = begun(tmp_path / "sound")
+    words = ("init", str(tmp_path / "camp"), "--sites", str(tmp_path / "sound" / "brno.toml"))
+    made = campaign.flctl(*words, "--model", str(tmp_path / "start"), *LORA, at=tmp_path)
+    assert made.returncode == 3 and "cp -rLl" in made.stderr and not (tmp_path / "camp").exists()
