@@ -197,7 +197,7 @@ def test_what_is_no_adapter_of_this_kind_is_refused(behave: str, words: str, tmp
     """Another rank is another shape."""
     campaign = begun(tmp_path)
     campaign.profile("brno", behave=behave)
-    failed = campaign.json("round", code=7)["errors"][0]
+    failed = campaign.json("round", code=8)["errors"][0]
     assert words in failed["message"] and "lora_" in failed["message"]
 
 

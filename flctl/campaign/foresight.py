@@ -143,9 +143,10 @@ def check_adapters(workspace: Workspace, configuration: Configuration) -> None:
 
 
 def check_frozen(workspace: Workspace, configuration: Configuration, sites: Sequence[str]) -> None:
-    """ConfigurationError if the frozen base is to be brought to one of these sites and is not here."""
-    frozen = known(workspace)
-    if frozen and any(not is_there(workspace, load_profile(workspace, name)) for name in sites):
+    """ConfigurationError if the frozen base is to be brought to one of these sites and is not here. A folder that was
+    rebuilt from its sites names none: they have it."""
+    frozen, told = known(workspace), configuration.campaign.frozen
+    if frozen and told and any(not is_there(workspace, load_profile(workspace, name)) for name in sites):
         source_of(workspace, configuration, frozen)
 
 
