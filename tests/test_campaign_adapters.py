@@ -10,6 +10,7 @@ import numpy
 import pytest
 from safetensors.numpy import load_file, save_file
 
+from flctl.campaign.workspace import write_json
 from tests.campaigns import Campaign, make_model
 
 LORA = ("--lora", "r=4,alpha=8,targets=q_proj+v_proj")
@@ -290,9 +291,7 @@ def test_a_record_of_the_base_that_is_lost_or_changed_is_noticed_and_made_again(
     assert campaign.flctl("audit").returncode != 0
     assert campaign.flctl("adopt").returncode == 0
     assert json.loads(path.read_text()) == sound
-    changed = {**sound, "sha256": "0" * 64}
-    del changed["check"]
-    path.write_text(json.dumps(changed))
+    write_json(path, {**sound, "sha256": "0" * 64})
     assert "is not of the base" in campaign.flctl("audit").stdout
 
 
