@@ -303,6 +303,21 @@ class Model:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Frozen:
+    """The base of a campaign's adapters, which no round changes: its files, and sha256 of them all. `adapter`: what a
+    reader wants to know of the adapters (r, lora_alpha, target_modules)."""
+
+    sha256: str
+    files: tuple[FileEntry, ...]
+    adapter: dict[str, typing.Any] = field(default_factory=dict)
+    schema: int = SCHEMA
+
+    @property
+    def size(self) -> int:
+        return sum(entry.size for entry in self.files)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Merge:
     """A policy's decision: make `version` of these runs, each with its weight before normalisation."""
 
@@ -321,7 +336,8 @@ class Contact:
     left in the work folder when it was last asked; `workdir` and `data`: what `resolved`, the profile's two paths,
     mean there; `ask_after`: Unix seconds before which its scheduler is not asked again;
     `serial`: how many processes of ours have begun to work there; `paced`: Unix seconds until which the contacts of
-    before would last at an even pace; `skew`: seconds by which our clock was ahead of the site's."""
+    before would last at an even pace; `skew`: seconds by which our clock was ahead of the site's;
+    `frozen`: the folder there in which the frozen base of adapters was found whole."""
 
     due: float = 0.0
     known_at: float = 0.0
@@ -342,6 +358,7 @@ class Contact:
     serial: int = 0
     paced: float = 0.0
     skew: float | None = None
+    frozen: str | None = None
     schema: int = SCHEMA
 
 

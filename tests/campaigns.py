@@ -49,7 +49,9 @@ command = "{trainer}"
 class Campaign:
     """One campaign of local sites and the commands on it."""
 
-    def __init__(self, root: Path, sites: tuple[str, ...] = ("brno", "pisa"), dtype: str = "float32") -> None:
+    def __init__(
+        self, root: Path, sites: tuple[str, ...] = ("brno", "pisa"), dtype: str = "float32", *options: str
+    ) -> None:
         self.root, self.place, self.sites = root, root / "camp", sites
         for name in sites:
             home = root / name
@@ -58,7 +60,7 @@ class Campaign:
             self.profile(name)
         make_model(root / "start", dtype)
         paths = ",".join(str(root / f"{name}.toml") for name in sites)
-        made = self.flctl("init", str(self.place), "--sites", paths, "--model", str(root / "start"), at=root)
+        made = self.flctl("init", str(self.place), "--sites", paths, "--model", str(root / "start"), *options, at=root)
         assert made.returncode == 0, made.stderr
         self.set("steps = 100", "steps = 4")
 
@@ -137,7 +139,7 @@ class Campaign:
 
     def remote(self, site: str) -> Path:
         """The campaign's folder at the site."""
-        (folder,) = (self.root / site / "work").iterdir()
+        (folder,) = (path for path in (self.root / site / "work").iterdir() if path.name != "staged")
         return folder
 
     def attempts(self, site: str) -> list[str]:

@@ -38,7 +38,7 @@ Of several, the first of 130, 1, 3, 12, 4, 5, 9, 7, 6, 8, 11 counts. With `--jso
 `threads`, `ranks` and `notes`; that of `verify` `version`, `agrees`, `rebuilt`, and the files `differing`, `missing` and `remade`;
 that of `audit` `differences` (`file`, `round`, `what`), `notes`, `crossings` (`site`, `direction`, `round`, `kind`, `files`, `bytes`), `logins`,
 `head`, `models`, `collected`, `lines`, `files`, `bytes`; that of `gc` `dry_run` and `items` (`site`, `path`, `bytes`); that of `plan` `first`, `target`, `steps`, `privacy`, `scripts` (paths) and `sites` (each with `node_hours_round`, `node_hours_plan`, `used`,
-`budget`, `bytes_out`, `bytes_in`, `resident`, `logins`, `look`, `per_day`, `free`, `need`, `told`, `notes`, `problems`); that of `site list` `sites` (`name`, `title`,
+`budget`, `bytes_out`, `bytes_in`, `bytes_frozen`, `resident`, `logins`, `look`, `per_day`, `free`, `need`, `told`, `notes`, `problems`); that of `site list` `sites` (`name`, `title`,
 `login`, `person`, `scheduler`, `transfer`, `checked`, `questions`, `fill_in`, `path`); that of `site show` the same for one, with `shipped` and
 `profile` (all keys, times in seconds); that of `login --status` `connections` (`site`, `host`, `since`, `until`, `alive`); that of `site
 stage` `site` and `staged` (`name`, `path`, `files`, `size`, `sent`).

@@ -320,3 +320,69 @@ def test_revocations_beside_each_other_all_learn_the_owner(place: Place) -> None
         assert [answer.returncode for answer in answers] == [0] * 8, answers[0].stderr
         assert {json.loads(answer.stdout)["by"] for answer in answers} == {"flctl"}
         assert sorted(path.name for path in place.run.iterdir() if path.name != "order.json") == ["owner"]
+
+
+def frozen(place: Place, folder: Path) -> dict:
+    """An order for an adapter whose base lies in `folder`."""
+    folder.mkdir(exist_ok=True)
+    for name in ("config.json", "model.safetensors"):
+        (folder / name).write_bytes(name.encode() * 100)
+    entries = [
+        {
+            "path": name,
+            "size": (folder / name).stat().st_size,
+            "sha256": sha256((folder / name).read_bytes()).hexdigest(),
+        }
+        for name in ("config.json", "model.safetensors")
+    ]
+    place.order["frozen"] = {"folder": str(folder), "sha256": "0" * 64, "files": entries}
+    place.write_order()
+    return place.order["frozen"]
+
+
+def test_a_job_gets_the_frozen_base_that_is_what_was_ordered(place: Place, tmp_path: Path) -> None:
+    told = frozen(place, tmp_path / "it's a base")
+    started = place.start()
+    assert started.returncode == 0, started.stderr
+    shown = subprocess.run(["bash", "-c", started.stdout + 'printf %s "$FLCTL_FROZEN"'], capture_output=True, text=True)
+    assert shown.stdout == told["folder"]
+
+
+@pytest.mark.parametrize(
+    ("spoil", "words"),
+    [("gone", "is missing"), ("cut", "99 bytes"), ("changed", "sha256 differs")],
+)
+def test_another_frozen_base_than_was_ordered_ends_the_job(
+    place: Place, tmp_path: Path, spoil: str, words: str
+) -> None:
+    frozen(place, tmp_path / "base")
+    path = tmp_path / "base" / "model.safetensors"
+    if spoil == "gone":
+        path.unlink()
+    else:
+        path.write_bytes(b"x" * (99 if spoil == "cut" else path.stat().st_size))
+    assert place.start().returncode == 76
+    place.finish(status=76)
+    assert (place.done["cause"], place.done["outcome"]) == ("base", "failed")
+    assert words in place.done["reason"] and str(path) in place.done["reason"]
+    assert not (place.root / "frozen.json").exists()
+
+
+def ask_frozen(place: Place, told: dict, *options: str) -> subprocess.CompletedProcess:
+    words = [sys.executable, "-I", str(SEAL), "frozen", "--workdir", str(place.root), *options]
+    return subprocess.run(words, input=json.dumps(told), capture_output=True, text=True, timeout=60)
+
+
+def test_a_frozen_base_is_hashed_once_and_then_believed_by_its_looks(place: Place, tmp_path: Path) -> None:
+    told = frozen(place, tmp_path / "base")
+    assert ask_frozen(place, told).returncode == 0
+    path = tmp_path / "base" / "model.safetensors"
+    looked, size = path.stat(), path.stat().st_size
+    path.write_bytes(b"x" * size)
+    os.utime(path, ns=(looked.st_atime_ns, looked.st_mtime_ns))
+    assert ask_frozen(place, told).returncode == 0  # nobody read it
+    os.utime(path, ns=(looked.st_atime_ns, looked.st_mtime_ns + 1))
+    answer = ask_frozen(place, told)
+    assert (answer.returncode, answer.stdout) == (76, f"{path} is not the frozen base's: its sha256 differs")
+    assert ask_frozen(place, told, "--placed").returncode == 0  # it was hashed by others just now
+    assert ask_frozen(place, told).returncode == 0

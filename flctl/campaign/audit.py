@@ -116,6 +116,7 @@ def _models(look: Look) -> None:
             look.trail.ends.setdefault(version, anchor + 1)
     for version in sorted(look.records):
         _files_of(look, version)
+        _frozen_of(look, version)
 
 
 def _parents(look: Look, version: int) -> set[Any]:
@@ -137,6 +138,18 @@ def _files_of(look: Look, version: int) -> None:
     if folder_sha256(entries[: len(record["files"])]) != record["sha256"]:
         look.differs(folder / "flctl.json", version, "names files that are not those of its sha256")
     look.compare(folder, entries, version, besides="flctl.json")
+
+
+def _frozen_of(look: Look, version: int) -> None:
+    """Whether the base of an adapter is still the one that its record names."""
+    named, path = look.records[version].get("frozen"), look.workspace.root / "frozen.json"
+    if not named or (path.exists() and record_fault(path)):
+        return
+    frozen = look.workspace.frozen()
+    if frozen is None:
+        look.differs(path, version, "is missing")
+    elif (frozen.sha256, folder_sha256(frozen.files)) != (named, named):
+        look.differs(path, version, f"is not of the base that model {version:04d} names")
 
 
 def _journal(look: Look) -> None:

@@ -21,6 +21,7 @@ OUTWARD = (
     (r"models/[^/]+-\d{4,}-\d+/.+", "contribution"),
     (r"payload/.+", "payload"),
     (r"runs/\d{4,}-\d+/.+", "order"),
+    (r"/.+/staged/frozen-[0-9a-f]{64}/.+", "frozen base"),
     (r"/.+", "staged"),
 )
 MODEL = re.compile(r"models/(\d{4,})/(.+)")

@@ -21,6 +21,8 @@ class CampaignTable:
     seed: int = 0
     min_sites: Annotated[int, between(0)] = 0
     """Contributions a merge needs; 0: one of every planned site."""
+    frozen: str = ""
+    """The folder here of the frozen base, where the campaign's models are adapters."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,6 +40,8 @@ class AggregationTable:
     """Keep float32 weights at home beside a model of less precision."""
     aggregate_at: str = ""
     """The site that makes the merge; empty: here."""
+    adapters: Literal["mean", "stack", "svd"] = "mean"
+    """How LoRA adapters become one."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -5,19 +5,25 @@ import os
 import re
 import shutil
 import unicodedata
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from flctl.campaign import shipped
 from flctl.campaign.config import new_id
+from flctl.campaign.frozen import NAME, frozen_of
 from flctl.campaign.merging import model_record
 from flctl.campaign.profiles import to_fill_in
 from flctl.campaign.trainers import FOLDER
 from flctl.campaign.workspace import Workspace, fsync_folder, write_atomic, write_json
+from flctl.codec import to_data
 from flctl.durable import fsync_folders, make_folder, remove
 from flctl.errors import ConfigurationError
 from flctl.facility.profile import load_site
+
+if TYPE_CHECKING:
+    from flctl.model.lora import Lora
 
 CONFIGURATION = """\
 # flctl.toml: what this campaign is. Every key is explained in docs/configuration.md.
@@ -27,14 +33,14 @@ name = "{name}"
 id = "{id}"                 # made by flctl init; part of this campaign's folder name at every site
 seed = {seed}
 min_sites = 0               # contributions that a new model needs; 0: one of every planned site
-
+{frozen}
 [policy]
 name = "sync"               # one merge waits for one run of each site
 
 [aggregation]
 rule = "fedavg"
 weights = "samples"         # samples | tokens | equal
-
+{adapters}
 [train]                     # given to the trainer at every site; a profile's own [train] wins
 {train}
 
@@ -46,6 +52,14 @@ roll_back = false           # true: and the next model goes on from the best one
 [fetch]
 kinds = ["*.safetensors", "*.safetensors.index.json"]   # the only files that may come back
 size_factor = 1.5           # at most so many times the bytes of the base model per run
+"""
+
+FROZEN = """\
+frozen = {path}
+                            # the frozen base here: it goes to each site once, and only adapters travel in the rounds
+"""
+ADAPTERS = """\
+adapters = "mean"           # mean: of the factors, with any rule | svd: of what they add, with fedavg
 """
 
 LABEL = re.compile(r"([a-z0-9](?:[a-z0-9-]{0,38}[a-z0-9])?)-([0-9a-f]{8})")
@@ -62,10 +76,14 @@ def create(
     train: Mapping[str, object] | None = None,
     cross: bool = False,
     trainer: Path | None = None,
+    adapter: "Lora | Path | None" = None,
+    told: Callable[[str, int, int], None] | None = None,
 ) -> Workspace:
     """A new campaign in `folder` (absent or empty): flctl.toml, sites/, templates/, models/0000. `profiles` are the
     texts of the site profiles by name. `trainer`: a program in Python that trains in the place of train.py, and for
-    which the model need be no more than safetensors. Nothing is ever overwritten; what fails leaves nothing behind."""
+    which the model need be no more than safetensors. With an `adapter`, a fresh one or a folder, this is model 0000,
+    and `model` its frozen base, which stays where it is; `told` hears how far it is read. Nothing is ever overwritten;
+    what fails leaves nothing behind."""
     from flctl.model.folder import check_model, check_weights
 
     folder = folder.resolve()
@@ -77,10 +95,14 @@ def create(
         check_weights(model)
         train = {"command": f"{FOLDER}/{_program(trainer)}", "steps": TRAIN["steps"], **(train or {})}
     with _drafted(folder) as draft:
-        _fill(draft, _name_of(folder), new_id(), profiles, seed, train, cross)
+        frozen = None if adapter is None else model.absolute()
+        _fill(draft, _name_of(folder), new_id(), profiles, seed, train, cross, frozen)
         if trainer is not None:
             write_atomic(draft / FOLDER / trainer.name, trainer.read_bytes())
-        adopt_model(model, draft / "models" / "0000")
+        if adapter is None:
+            adopt_model(model, draft / "models" / "0000")
+        else:
+            _begin_adapter(draft, model.absolute(), adapter, seed, told)
     workspace = Workspace(folder)
     workspace.journal.append("init", name=workspace.name, id=workspace.id, sites=sorted(profiles))
     return workspace
@@ -154,8 +176,17 @@ def _fill(
     seed: int,
     train: Mapping[str, object],
     cross: bool,
+    frozen: Path | None = None,
 ) -> None:
-    text = CONFIGURATION.format(name=name, id=id_, seed=seed, train=toml_lines(train), cross=_toml(cross))
+    text = CONFIGURATION.format(
+        name=name,
+        id=id_,
+        seed=seed,
+        train=toml_lines(train),
+        cross=_toml(cross),
+        frozen=FROZEN.format(path=_toml(str(frozen))) if frozen else "",
+        adapters=ADAPTERS if frozen else "",
+    )
     write_atomic(draft / "flctl.toml", text.encode())
     for site, profile in profiles.items():
         write_atomic(draft / "sites" / f"{site}.toml", profile.encode())
@@ -168,17 +199,51 @@ def _fill(
 
 def adopt_model(source: Path, target: Path) -> None:
     """Copy a model as version 0000: its weights, config and tokenizer, and nothing else that lies in the folder."""
-    from flctl.model.manifest import hash_folder, model_files
+    from flctl.model.manifest import model_files
     from flctl.model.shards import open_shards
 
     target.mkdir(mode=0o700)
-    for name in model_files(open_shards(source)):
+    _copy(source, target, model_files(open_shards(source)))
+    _enter(target)
+
+
+def _begin_adapter(
+    draft: Path, base: Path, adapter: "Lora | Path", seed: int, told: Callable[[str, int, int], None] | None
+) -> None:
+    """models/0000 is an adapter for the base, and frozen.json says which base that is."""
+    from flctl.model.adapter_config import CONFIG, facts_of
+    from flctl.model.lora import check_adapter, write_fresh_adapter
+    from flctl.model.shards import open_shards
+
+    target = draft / "models" / "0000"
+    if isinstance(adapter, Path):
+        config, shards = check_adapter(adapter, base), open_shards(adapter)
+        target.mkdir(mode=0o700)
+        index = [shards.index] if shards.index else []
+        _copy(adapter, target, [CONFIG, *index, *(shard.name for shard in shards.files)])
+    else:
+        config = write_fresh_adapter(base, adapter, target, seed=seed)
+    frozen = frozen_of(base, facts_of(config), told)
+    write_json(draft / NAME, to_data(frozen))
+    _enter(target, frozen=frozen.sha256)
+
+
+def _copy(source: Path, target: Path, names: Iterable[str]) -> None:
+    for name in names:
         (target / name).parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         shutil.copyfile(source / name, target / name)
-        with (target / name).open("rb") as file:
-            os.fsync(file.fileno())
+
+
+def _enter(target: Path, **facts: str) -> None:
+    """The files of a folder are version 0000."""
+    from flctl.model.manifest import hash_folder
+
     files = hash_folder(target)
-    write_json(target / "flctl.json", model_record(version=0, files=files, parents=[], steps=0, contributions=[]))
+    for entry in files:
+        with (target / entry.path).open("rb") as file:
+            os.fsync(file.fileno())
+    record = model_record(version=0, files=files, parents=[], steps=0, contributions=[], **facts)
+    write_json(target / "flctl.json", record)
     fsync_folder(target)
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from flctl.campaign import shipped
 from flctl.campaign.config import Configuration, load_profile
+from flctl.campaign.frozen import is_there, known, source_of
 from flctl.campaign.privacy import check_plan
 from flctl.campaign.remote_merge import check_place
 from flctl.campaign.trainers import trainer_of
@@ -43,6 +44,8 @@ def check_models(
     check_rule(workspace, configuration, len(sites), least)
     check_place(workspace, configuration)
     check_plan(workspace, configuration, workspace.newest_model().version, models)
+    check_adapters(workspace, configuration)
+    check_frozen(workspace, configuration, sites)
 
 
 def limits_broken(workspace: Workspace, site: Site, now: float) -> list[Failure]:
@@ -133,6 +136,31 @@ def check_rule(workspace: Workspace, configuration: Configuration, sites: int, l
             if count == sites:
                 raise _wrong(file, "aggregation.rule", found)
             raise _wrong(file, "campaign.min_sites", f"{least} lets a model be made of so few: {found}")
+
+
+def check_adapters(workspace: Workspace, configuration: Configuration) -> None:
+    """ConfigurationError if adapters cannot be made one in the way that flctl.toml says."""
+    table, reason = configuration.aggregation, ""
+    if table.adapters == "mean":
+        return
+    if workspace.frozen() is None:
+        reason = "the models of this campaign are no adapters"
+    elif table.adapters == "stack":
+        reason = "stacking adds up the ranks of all sites in every round; mean and svd keep the rank"
+    elif table.rule != "fedavg" or table.options or table.master or configuration.privacy.clip:
+        reason = "svd averages products, which only fedavg can, without options, master weights or [privacy]"
+    elif table.aggregate_at:
+        reason = 'svd is made at home: set aggregate_at = ""'
+    if reason:
+        raise _wrong(workspace.root / "flctl.toml", "aggregation.adapters", reason)
+
+
+def check_frozen(workspace: Workspace, configuration: Configuration, sites: Sequence[str]) -> None:
+    """ConfigurationError if the frozen base is to be brought to one of these sites and is not here. A folder that was
+    rebuilt from its sites names none: they have it."""
+    frozen, told = known(workspace), configuration.campaign.frozen
+    if frozen and told and any(not is_there(workspace, load_profile(workspace, name)) for name in sites):
+        source_of(workspace, configuration, frozen)
 
 
 def exposed(workspace: Workspace, configuration: Configuration, plan: Plan) -> list[str]:

@@ -23,7 +23,7 @@ def set_aside(workspace: Workspace) -> list[Path]:
     model, if its record or a file of it is damaged, so that it is merged again. What a newer flctl wrote is left
     alone."""
     records = [*workspace.root.glob("runs/*/*/run.json"), *workspace.root.glob("runs/*/contact.json")]
-    records.append(workspace.root / "plan.json")
+    records += [workspace.root / "plan.json", workspace.root / "frozen.json"]
     models = sorted(workspace.root.glob("models/[0-9]*/flctl.json"))
     aside = _put_aside(workspace, [*records, *models[-1:]])
     for path, after in pairwise(models):

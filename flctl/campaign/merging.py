@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 SCHEMA = 1
 STATE = "state"
 """The folder of what the rule remembers, beside the model's files and none of them."""
+SVD = "svd"
+"""Of `aggregation.adapters`: the average of what adapters add."""
 
 
 def merge_model(
@@ -34,7 +36,6 @@ def merge_model(
     """Make `models/<version>` of the runs a policy chose. Until the rename there is no such version; a draft left by an
     interruption is made anew. Returns what the gates warn of."""
     from flctl.model.manifest import check_plain
-    from flctl.model.merge import merge as stream
 
     check_plain(workspace.model_folder(merge.base))
     given = contributions_of(workspace, merge)
@@ -47,17 +48,35 @@ def merge_model(
     shutil.rmtree(draft, ignore_errors=True)
     began = time.time()
     faults.point("merge", f"{merge.version:04d}")
-    made = stream(
-        workspace.model_folder(merge.base),
-        sources,
-        draft,
-        recipe=recipe_of(settings),
-        state=state_of(workspace, merge.base),
-        stop=stop,
-    )
+    wanted = {**settings, "adapters": {"method": configuration.aggregation.adapters}}
+    made, became = combined(workspace, merge.base, sources, draft, wanted, stop=stop)
     faults.point("merged", f"{merge.version:04d}")
-    facts = {**settings, "gates": seen, "made_by": {"flctl": __version__, "torch": version_of("torch")}}
+    facts = {**settings, **became, "gates": seen, "made_by": {"flctl": __version__, "torch": version_of("torch")}}
     return publish(workspace, merge, given, made, seconds=time.time() - began, **facts)
+
+
+def combined(
+    workspace: Workspace,
+    base: int,
+    sources: "Sequence[Source]",
+    draft: Path,
+    settings: Mapping[str, Any],
+    *,
+    stop: Callable[[], bool] | None = None,
+    progress: Callable[[int], None] | None = None,
+) -> "tuple[Made, dict[str, Any]]":
+    """A draft of the model that these settings, which may be those of a flctl.json, make of the sources; and what
+    flctl.json is to say besides. Adapters take the same road as whole models unless their products are averaged."""
+    from flctl.model.merge import merge as stream
+
+    folder = workspace.model_folder(base)
+    if (settings.get("adapters") or {}).get("method") == SVD:
+        from flctl.model.adapters import merge_adapters
+
+        made, report = merge_adapters(sources, draft, method=SVD, base=folder, stop=stop, progress=progress)
+        return made, {"adapters": {"method": SVD, "lost": report.lost}}
+    recipe, state = recipe_of(settings), state_of(workspace, base)
+    return stream(folder, sources, draft, recipe=recipe, state=state, stop=stop, progress=progress), {}
 
 
 def publish(
@@ -66,7 +85,7 @@ def publish(
     """A finished draft becomes `models/<version>`, with all in its flctl.json that is needed to make it again. Returns
     what the gates warn of."""
     target, draft = workspace.model_folder(merge.version), draft_folder(workspace, merge.version)
-    parent = workspace.model_record(merge.base)
+    parent, frozen = workspace.model_record(merge.base), workspace.frozen()
     record = model_record(
         version=merge.version,
         files=made.files,
@@ -75,7 +94,7 @@ def publish(
         contributions=[{**item, **_entered(made, item["site"], item["number"])} for item in given],
         **chain.links(workspace, merge.version),
         state=state_record(made.state),
-        **facts,
+        **({"frozen": frozen.sha256, "adapters": {"method": "mean"}} if frozen else {}) | facts,
     )
     write_json(draft / "flctl.json", {**record, "seconds": round(seconds, 3)})
     faults.point("model-rename", target.name)

@@ -10,6 +10,7 @@ from flctl.campaign.access import expected_logins
 from flctl.campaign.config import BudgetTable, Configuration, load_profile
 from flctl.campaign.contacts import DAY, failure_of
 from flctl.campaign.foresight import exposed, limits_broken, outdated, way_barred
+from flctl.campaign.frozen import is_there
 from flctl.campaign.space import Traffic, bytes_of_round
 from flctl.campaign.workspace import Workspace
 from flctl.errors import BudgetRefused, FlctlError
@@ -46,9 +47,10 @@ class Told:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Outlook:
     """A plan at one site. `walltime` in seconds, node-hours as the site charges them, `*_round` of one round at most,
-    the first one left out of `bytes_out` where the newest model is there already (`resident`); `free` and `need` in
-    bytes, the latter `copies` times the model; `login_until` in Unix seconds; `look`: seconds between two looks of
-    ticks, besides those at jobs' expected starts and ends, each a login of the day's `per_day` (None: costs none)."""
+    the first one left out of `bytes_out` where the newest model is there already (`resident`); `bytes_frozen`: once,
+    for the frozen base of adapters; `free` and `need` in bytes, the latter `copies` times the model and that base;
+    `login_until` in Unix seconds; `look`: seconds between two looks of ticks, besides those at jobs' expected starts
+    and ends, each a login of the day's `per_day` (None: costs none)."""
 
     site: str
     jobs: int
@@ -64,6 +66,7 @@ class Outlook:
     budget: float
     bytes_out: int
     bytes_in: int
+    bytes_frozen: int
     resident: bool
     logins: int
     look: float | None
@@ -143,6 +146,7 @@ def _at(matter: Matter, site: Site, told: Told) -> Outlook:
         budget=site.budget.max_node_hours,
         bytes_out=out,
         bytes_in=back,
+        bytes_frozen=frozen_left(workspace, site),
         resident=resident,
         logins=needed,
         look=contacts.between_ticks(site) if needed else None,
@@ -167,7 +171,7 @@ def _problems(matter: Matter, site: Site, view: Outlook) -> list[Failure]:
         errors.append(BudgetRefused(reason, hint=f"raise budget.max_node_hours in sites/{site.name}.toml"))
     if view.free is not None and view.free < view.need:
         words = f"{limits.size(view.free)} are free there, a round wants {limits.size(view.need)}"
-        words += f" ({view.copies} x the model)"
+        words += f" ({rooms_of(view)})"
         errors.append(BudgetRefused(words, hint="make room there; flctl plan asks the site again"))
     return [*limits_broken(matter.workspace, site, matter.now), *(failure_of(error) for error in errors)]
 
@@ -267,6 +271,12 @@ def is_resident(workspace: Workspace, name: str) -> bool:
     )
 
 
+def frozen_left(workspace: Workspace, site: Site) -> int:
+    """Bytes of the frozen base that are still to go there."""
+    frozen = workspace.frozen()
+    return frozen.size if frozen and not is_there(workspace, site) else 0
+
+
 def want_of(workspace: Workspace, configuration: Configuration, site: Site, plan: Plan | None) -> Want:
     """The room that a round needs at the site: ROOM x the model, less the base if it is there, and one more for each
     contribution that comes there to be merged, or each of the others' to be evaluated; and how long the plan lasts at
@@ -280,7 +290,13 @@ def want_of(workspace: Workspace, configuration: Configuration, site: Site, plan
     elif configuration.evaluation.cross and site.name in sites:
         copies += len(sites) - 1
     seconds = models_left(workspace, plan) * site.shape.walltime if plan else 0
-    return Want(size=copies * whole, files=copies * len(files) + FOLDERS, copies=copies, seconds=seconds)
+    size = copies * whole + frozen_left(workspace, site)
+    return Want(size=size, files=copies * len(files) + FOLDERS, copies=copies, seconds=seconds)
+
+
+def rooms_of(view: Outlook) -> str:
+    """What `need` is made of."""
+    return f"{view.copies} x the model" + (", and the frozen base" if view.bytes_frozen else "")
 
 
 def resources(view: Outlook) -> str:
@@ -310,10 +326,11 @@ def logins(view: Outlook) -> str:
 def line(view: Outlook) -> str:
     """The site in one line."""
     there = "the model is there" if view.resident else f"{limits.size(view.bytes_out)} there"
+    once = f", {limits.size(view.bytes_frozen)} of frozen base once" if view.bytes_frozen else ""
     words = [
         resources(view),
         hours(view),
-        f"{there}, {limits.size(view.bytes_in)} back",
+        f"{there}, {limits.size(view.bytes_in)} back{once}",
         limits.count(view.logins, "login"),
     ]
     return f"{view.site}: {'; '.join([*words, *view.notes])}"

@@ -3,13 +3,16 @@ every bit, and a copy of it for others."""
 
 import shutil
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from flctl.campaign.collected import collected_on, said
-from flctl.campaign.merging import STATE, contribution_folder, recipe_of, sources_of, state_of, state_record
+from flctl.campaign.config import load_configuration
+from flctl.campaign.frozen import base_of
+from flctl.campaign.merging import STATE, combined, contribution_folder, sources_of, state_record
 from flctl.campaign.workspace import RESTORE, Workspace, fsync_folder, lock
 from flctl.codec import from_data
 from flctl.errors import ConfigurationError, Interrupted, UsageError
@@ -61,8 +64,9 @@ class Findings:
 def rebuild(
     workspace: Workspace, version: int | None = None, *, progress: Progress | None = None, stop: Stop | None = None
 ) -> Rebuilt:
-    """Hash a model version (None: the newest) and all that it was made from against the records, make it again beside
-    the others from its flctl.json, and compare. Nothing is changed; what was made goes away in every case."""
+    """Hash a model version (None: the newest), the frozen base of adapters, and all that the version was made from
+    against the records, make it again beside the others from its flctl.json, and compare. Nothing is changed; what was
+    made goes away in every case."""
     began = time.monotonic()
     version = whole_version(workspace, version)
     record = workspace.model_record(version)
@@ -70,7 +74,7 @@ def rebuild(
     own, given = Findings(), Findings()
     back = record.get("rolled_back_to") is not None
     theirs = [*_inputs(workspace, record, given)] if record.get("contributions") or back else []
-    mine = _model_entries(workspace, version, record)
+    mine = [*_model_entries(workspace, version, record), *_frozen_entries(workspace)]
     _hash(workspace.root, [(entry, own) for entry in mine] + [(entry, given) for entry in theirs], told, stopped)
     if folder_sha256(_entries(record["files"])) != record["sha256"]:
         own.differing.append(_place(workspace, workspace.model_folder(version) / "flctl.json"))
@@ -163,6 +167,12 @@ def _model_entries(workspace: Workspace, version: int, record: Mapping[str, Any]
     return [*_placed(workspace, folder, files), *_placed(workspace, folder / STATE, remembered)]
 
 
+def _frozen_entries(workspace: Workspace) -> list[FileEntry]:
+    """The frozen base of adapters, if it is here: a campaign whose sites have it can do without."""
+    frozen, folder = workspace.frozen(), Path(load_configuration(workspace).campaign.frozen or "/nonexistent")
+    return [replace(e, path=str(folder / e.path)) for e in frozen.files] if frozen and folder.is_dir() else []
+
+
 def _hash(root: Path, expected: list[tuple[FileEntry, Findings]], told: Progress, stopped: Stop) -> None:
     """Every file against its entry, whose path is relative to `root`."""
     before, total = 0, sum(entry.size for entry, _ in expected)
@@ -184,7 +194,6 @@ def _remade(
     workspace: Workspace, version: int, record: Mapping[str, Any], told: Progress, stopped: Stop
 ) -> tuple[str, ...]:
     """The files, the state's among them, that come out otherwise than recorded."""
-    from flctl.model.merge import merge
     from flctl.model.shards import open_shards
 
     base, target = record["parents"][0]["version"], workspace.model_folder(version)
@@ -193,12 +202,12 @@ def _remade(
     with lock(workspace.root / "verify.lock", "verification", 0.0):
         shutil.rmtree(draft, ignore_errors=True)
         try:
-            made = merge(
-                workspace.model_folder(base),
+            made, _ = combined(
+                workspace,
+                base,
                 sources_of(workspace, base, record["contributions"]),
                 draft,
-                recipe=recipe_of(record),
-                state=state_of(workspace, base),
+                record,
                 progress=lambda done: told(f"making model {version:04d} again", done, total),
                 stop=stopped,
             )
@@ -224,30 +233,66 @@ def export(workspace: Workspace, version: int | None, out: Path) -> tuple[FileEn
     """Copy a model's files, and nothing else that lies beside them, to the new folder `out`, which any library can
     open. Each is hashed on its way; ConfigurationError, and no folder, if one is not what was recorded. Locked if
     another process is making the same folder."""
-    from flctl.model.draft import fresh_draft, translated
+    from flctl.model.draft import fresh_draft
+
+    version = whole_version(workspace, version)
+    source, files = workspace.model_folder(version), _entries(workspace.model_record(version)["files"])
+    with _new_folder(out) as draft, fresh_draft(draft, needed=sum(entry.size for entry in files)) as made:
+        for entry in files:
+            made.copy(source, entry.path)
+            _check_same(source, entry, made.entries[-1], version)
+    return files
+
+
+def export_merged(
+    workspace: Workspace,
+    version: int | None,
+    out: Path,
+    *,
+    progress: Progress | None = None,
+    stop: Stop | None = None,
+) -> tuple[FileEntry, ...]:
+    """The frozen base with the adapter of a version added to its weights, as a new folder `out`; else as `export`.
+    UsageError where the models are no adapters."""
+    from flctl.model.merged import write_merged
+
+    version = whole_version(workspace, version)
+    frozen, base = base_of(workspace)
+    folder, told = workspace.model_folder(version), progress or _silent
+    for entry in _entries(workspace.model_record(version)["files"]):
+        _check_same(folder, entry, hash_file(folder, entry.path), version)
+    with _new_folder(out) as draft:
+        return write_merged(
+            base, frozen.files, folder, draft, stop=stop, progress=lambda done, all_: told("merging", done, all_)
+        )
+
+
+@contextmanager
+def _new_folder(out: Path) -> Iterator[Path]:
+    """A folder in the making, which gets its name if the block ends without an error."""
+    from flctl.model.draft import translated
     from flctl.model.place import alone
 
-    version, out = whole_version(workspace, version), out.absolute()
+    out = out.absolute()
     if out.is_symlink() or (out.exists() and (not out.is_dir() or any(out.iterdir()))):
         raise ConfigurationError(
             f"{out} exists and is no empty folder; flctl export never overwrites", hint="name another folder"
         )
-    source, files = workspace.model_folder(version), _entries(workspace.model_record(version)["files"])
     with alone(out) as draft:
-        with fresh_draft(draft, needed=sum(entry.size for entry in files)) as made:
-            for entry in files:
-                made.copy(source, entry.path)
-                if made.entries[-1] != entry:
-                    raise ConfigurationError(
-                        f"{source / entry.path} is not what it was when it was recorded",
-                        hint=f"flctl verify {version} looks at all of it; restore it from a backup, or from a site",
-                    )
+        yield draft
         try:
             draft.rename(out)
         except OSError as error:
             raise translated(error, out) from error
     fsync_folder(out.parent)
-    return files
+
+
+def _check_same(folder: Path, entry: FileEntry, found: FileEntry, version: int) -> None:
+    if found != entry:
+        raise ConfigurationError(
+            f"{folder / entry.path} is not what it was when it was recorded",
+            hint=f"flctl verify {version} looks at all of it; restore it from a backup, or from a site",
+        )
 
 
 def _entries(data: Iterable[Mapping[str, Any]]) -> tuple[FileEntry, ...]:

@@ -9,6 +9,7 @@ from flctl.campaign import shipped
 from flctl.campaign.config import load_configuration, load_profile, whole_profile
 from flctl.campaign.contacts import failure_of
 from flctl.campaign.foresight import check_models
+from flctl.campaign.frozen import place_of
 from flctl.campaign.planning import NO_SITES, check_least, continued, drafted, proposed
 from flctl.campaign.privacy import outlook
 from flctl.campaign.session import VARIABLE
@@ -16,6 +17,7 @@ from flctl.campaign.steps.deliver import read_template
 from flctl.campaign.trainers import trainer_of
 from flctl.campaign.workspace import Workspace, write_atomic
 from flctl.errors import ConfigurationError, FlctlError
+from flctl.facility.profile import Site
 from flctl.facility.script import job_script
 from flctl.facility.shell import Plain
 from flctl.records import Failure, Plan, token_of
@@ -112,4 +114,13 @@ def script_of(workspace: Workspace, name: str, *, later: int = 0, merges: bool =
         data=contact.data or site.storage.data,
         now=time.time(),
         command=(merger,) if merges else trainer_of(workspace.root, load_configuration(workspace), site).command(root),
+        frozen=None if merges else _frozen_at(workspace, site, root),
     )
+
+
+def _frozen_at(workspace: Workspace, site: Site, root: PurePosixPath) -> str | None:
+    """The folder of the frozen base at the site, as far as it is known before anybody asked there."""
+    frozen = workspace.frozen()
+    if frozen is None:
+        return None
+    return workspace.contact(site.name).frozen or site.storage.frozen or str(place_of(root, frozen))

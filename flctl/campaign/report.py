@@ -67,7 +67,7 @@ def _note(run: Run) -> str:
 def summary(workspace: Workspace, runs: tuple[Run, ...]) -> dict[str, Any]:
     """The campaign, its newest model, its runs."""
     model = workspace.newest_model()
-    record = workspace.model_record(model.version)
+    record, frozen = workspace.model_record(model.version), workspace.frozen()
     contacts = {site: workspace.contact(site) for site in {run.site for run in runs}}
     ordered = sorted(runs, key=lambda run: (run.order.round, run.site, run.number))
     return {
@@ -78,6 +78,7 @@ def summary(workspace: Workspace, runs: tuple[Run, ...]) -> dict[str, Any]:
             "sha256": model.sha256,
             "warnings": warnings_of(record),
             "privacy": shown(record),
+            "adapter": {**frozen.adapter, "frozen": frozen.sha256} if frozen else None,
         },
         "node_hours": standing(workspace),
         "logins": {site: _logins(workspace, site, runs) for site in workspace.profiles},

@@ -8,8 +8,10 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from flctl.campaign import adoption, driver, mending
 from flctl.campaign.config import load_profile
 from flctl.campaign.creation import LABEL, frame
+from flctl.campaign.frozen import NAME, frozen_told
 from flctl.campaign.session import Session
-from flctl.campaign.workspace import Workspace, write_atomic
+from flctl.campaign.workspace import Workspace, write_atomic, write_json
+from flctl.codec import to_data
 from flctl.errors import ConfigurationError, FlctlError, Interrupted, LoginTooSoon, UsageError
 from flctl.records import Model, Run
 
@@ -68,6 +70,7 @@ def adopt(engine: "Engine", *, takeover: bool, is_new: bool = False) -> Adopted:
             _bring_model(engine, seen, found, is_new=is_new)
         elif any(_each(engine, seen, mending.cannot_follow, found, equip=False).values()):
             _bring_newer_model(engine, seen, found)
+        _restore_frozen(engine, seen, found)
         found.aside += mending.set_overtaken_aside(workspace)
         before = workspace.runs()
         _each(engine, seen, lambda session: None, found, equip=True)
@@ -106,6 +109,20 @@ def _bring_model(engine: "Engine", seen: dict[str, driver.Seen], found: Adopted,
         )
     if is_new:
         _fill_in(workspace, orders)
+
+
+def _restore_frozen(engine: "Engine", seen: dict[str, driver.Seen], found: Adopted) -> None:
+    """Where models are adapters: what their frozen base is, as the orders at the sites tell it, if this folder lost
+    that. Where it lies here a person has to say, once a site lacks it (campaign.frozen)."""
+    from flctl.model.adapter_config import facts_of, is_adapter, read_config
+
+    workspace = engine.workspace
+    folder = workspace.model_folder(workspace.newest_model().version)
+    if workspace.frozen() is None and is_adapter(folder):
+        facts = facts_of(read_config(folder).values)
+        if told := frozen_told(_orders(engine, seen, found), facts):
+            write_json(workspace.root / NAME, to_data(told))
+            workspace.journal.append("adopted", frozen=told.sha256)
 
 
 def _bring_newer_model(engine: "Engine", seen: dict[str, driver.Seen], found: Adopted) -> None:

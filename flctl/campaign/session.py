@@ -24,6 +24,8 @@ from flctl.words import printable
 VARIABLE = re.compile(r"\$(?:\{([A-Za-z_]\w*)\}|([A-Za-z_]\w*))")
 HASHING_RATE = 20e6
 """Bytes per second that a busy login node is trusted to hash at least."""
+SHARED = "staged"
+"""The folder in `storage.work` that all campaigns at a site share."""
 
 Place = tuple[Path, Sequence[FileEntry], PurePosixPath]
 """A local folder, the files of it that count, and where they belong at the site."""

@@ -18,7 +18,7 @@ MERGER_FILES = (
     *("__init__.py", "codec.py", "durable.py", "errors.py", "faults.py", "records.py", "words.py"),
     "model/**/*.py",
 )
-UNUSED_THERE = ("model/__main__.py", "model/tiny.py")
+UNUSED_THERE = ("model/__main__.py", "model/tiny.py", "model/lora.py", "model/merged.py")
 
 
 def shipped(kind: str) -> Path:

@@ -12,9 +12,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 
-from flctl.campaign.config import whole_profile
+from flctl.campaign.config import load_configuration, whole_profile
 from flctl.campaign.engine import Engine
-from flctl.campaign.session import HASHING_RATE, Session
+from flctl.campaign.frozen import place_of, source_of
+from flctl.campaign.session import HASHING_RATE, SHARED, Session
 from flctl.codec import from_data
 from flctl.errors import BudgetRefused, ConfigurationError, Interrupted, LoginTooSoon, TransferFailed, UsageError
 from flctl.facility.probe import space_left
@@ -22,7 +23,6 @@ from flctl.facility.shell import quote
 from flctl.records import FileEntry
 from flctl.words import printable
 
-FOLDER = "staged"
 MOST_FILES = 2000
 """In one folder. Parallel file systems bear few small files; an image or an archive holds any number."""
 
@@ -75,10 +75,10 @@ def stage(
     with engine.workspace.lock_site(name) as lock:
         try:
             session = replace(engine.access.session(profile, lock, equip=False), report=tell)
-            base = session.root.parent / FOLDER
+            base = session.root.parent / SHARED
             items = [Item(source=source, files=files, target=base / to, single=one) for source, files, to, one in found]
             if model:
-                items.append(_model(session))
+                items += [*_frozen(session), _model(session)]
             return _place(session, items, replaces=replaces)
         except (LoginTooSoon, Interrupted):
             raise
@@ -94,12 +94,21 @@ def _model(session: Session) -> Item:
     return Item(source=folder, files=files, target=session.root / "models" / folder.name)
 
 
+def _frozen(session: Session) -> list[Item]:
+    """The frozen base of adapters, unless the site has it in a folder of its own."""
+    frozen = session.workspace.frozen()
+    if frozen is None or session.site.storage.frozen:
+        return []
+    source = source_of(session.workspace, load_configuration(session.workspace), frozen)
+    return [Item(source=source, files=frozen.files, target=place_of(session.root, frozen))]
+
+
 def _place(session: Session, items: Sequence[Item], *, replaces: bool) -> tuple[Staged, ...]:
     """Look what is there, see that the rest fits, bring it."""
     there = _look(session, items)
     lacking = [item for item in items if not there[item.target]]
     for item in lacking:
-        if there[item.target] is None and not replaces and item.target.parent.name == FOLDER:
+        if there[item.target] is None and not replaces and item.target.parent.name == SHARED:
             raise ConfigurationError(
                 f"{item.target} is there already, with another content",
                 hint="give the new one another name; or --replace, once no job uses the old one",

@@ -17,7 +17,7 @@ from flctl.campaign.journal import Journal, unwritable
 from flctl.codec import SCHEMA, from_data, sealed, to_data, unsealed
 from flctl.durable import fsync_folder, make_folder, read_plain, write_whole
 from flctl.errors import BudgetRefused, ConfigurationError, Locked
-from flctl.records import Contact, Driver, Model, Plan, Run
+from flctl.records import Contact, Driver, Frozen, Model, Plan, Run
 from flctl.words import plain
 
 __all__ = ["Workspace", "fsync_folder", "lock", "read_toml", "write_atomic", "write_json"]
@@ -160,6 +160,11 @@ class Workspace:
 
     def save_plan(self, plan: Plan) -> None:
         write_json(self.root / "plan.json", to_data(plan))
+
+    def frozen(self) -> Frozen | None:
+        """The frozen base of the campaign's adapters; None where whole models travel."""
+        path = self.root / "frozen.json"
+        return _load(Frozen, path) if path.exists() else None
 
     def model_record(self, version: int) -> dict[str, Any]:
         """flctl.json of one model version, as data."""

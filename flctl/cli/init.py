@@ -1,9 +1,15 @@
 """`flctl init`: make a campaign."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+from flctl.cli.bar import shown
+from flctl.errors import UsageError
+
+if TYPE_CHECKING:
+    from flctl.model.lora import Lora
 
 
 def register(app: typer.Typer) -> None:
@@ -14,6 +20,17 @@ def init(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="A new folder for the campaign.")],
     sites: Annotated[list[str], typer.Option("--sites", help="Shipped profiles by name, or paths: a b | a,b.")],
     model: Annotated[Path, typer.Option("--model", help="A Hugging Face folder with safetensors weights.")],
+    lora: Annotated[
+        str | None,
+        typer.Option(
+            "--lora",
+            metavar="KEY=VALUE,...",
+            help="Train a fresh LoRA adapter; the model stays frozen: r=8,alpha=32,targets=q_proj+v_proj,dropout=0.0",
+        ),
+    ] = None,
+    adapter: Annotated[
+        Path | None, typer.Option("--adapter", metavar="DIR", help="Go on with a LoRA adapter of the model.")
+    ] = None,
     seed: Annotated[int, typer.Option("--seed", min=0, help="The campaign's seed.")] = 0,
     trainer: Annotated[
         Path | None, typer.Option("--trainer", help="A program of yours, NAME.py, that trains in place of train.py.")
@@ -23,7 +40,20 @@ def init(
     from flctl.campaign.creation import create, unfilled
     from flctl.campaign.profiles import texts_of
 
-    workspace = create(folder, profiles=texts_of(sites), model=model, seed=seed, trainer=trainer)
+    if lora is not None and adapter is not None:
+        raise UsageError("--lora makes a new adapter, --adapter goes on with one", hint="give one of the two")
+    begin: Lora | Path | None = adapter
+    if lora is not None:
+        from flctl.model.lora import parsed
+
+        begin = parsed(lora)
+    with shown() as tell:
+        profiles = texts_of(sites)
+        workspace = create(
+            folder, profiles=profiles, model=model, seed=seed, trainer=trainer, adapter=begin, told=tell
+        )
+            folder, profiles=texts_of(sites), model=model, seed=seed, trainer=trainer, adapter=begin, told=tell
+        )
     print(f"campaign {workspace.label} is in {workspace.root}")
     gaps = unfilled(workspace)
     if gaps:

@@ -121,13 +121,15 @@ def _print(
 
 
 def _rows(view: "Outlook") -> list[tuple[str, str]]:
-    from flctl.campaign.outlook import hours, logins, resources
+    from flctl.campaign.outlook import hours, logins, resources, rooms_of
     from flctl.facility.limits import count, size
     from flctl.facility.probe import start_in_words
 
     account = f", account {view.account}" if view.account else ""
     again = "; the newest one is there already" if view.resident else ""
     files = f"{size(view.bytes_out)} there, {size(view.bytes_in)} back each round{again}"
+    if view.bytes_frozen:
+        files += f"; the frozen base, {size(view.bytes_frozen)}, goes there once"
     free = f"{size(view.free)} free" if view.free is not None else "not known yet"
     rows = [
         ("job", f"{count(view.jobs, 'job')} a round: {resources(view)}{account}"),
@@ -135,7 +137,7 @@ def _rows(view: "Outlook") -> list[tuple[str, str]]:
         ("node-hours", f"{hours(view)}; {view.node_hours_plan:.4g} for the plan"),
         ("files", files),
         ("logins", logins(view)),
-        ("space", f"{free}, {size(view.need)} wanted ({view.copies} x the model)"),
+        ("space", f"{free}, {size(view.need)} wanted ({rooms_of(view)})"),
     ]
     if view.purge_days:
         rows.append(("purge", f"files that nobody touches for {view.purge_days} days are removed"))

@@ -56,6 +56,11 @@ def _print(workspace: Workspace, runs: tuple[Run, ...], data: dict[str, Any], ev
     model, plan = data["model"], workspace.plan()
     print(f"campaign {workspace.label} in {workspace.root}")
     print(f"model {model['version']:04d}  sha256 {model['sha256'][:16]}  {model['path']}")
+    if adapter := model["adapter"]:
+        targets = adapter.get("target_modules") or []
+        of = f" on {', '.join(targets) if isinstance(targets, list) else targets}" if targets else ""
+        rank, alpha = adapter.get("r", "?"), adapter.get("lora_alpha", "?")
+        print(f"  a LoRA adapter: r={rank}, alpha={alpha}{of}; the base, sha256 {adapter['frozen'][:16]}, stays frozen")
     for warning in model["warnings"]:
         print(f"  merged with a warning: {warning}")
     if model["privacy"]:

@@ -187,12 +187,14 @@ class Scheduler:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Storage:
     """Paths at the site; variables in them are resolved there, once. `data` never leaves it. `purge_days`: after how
-    many days the site removes what nobody touched there (0: never); `quota`: a command there that shows the rest."""
+    many days the site removes what nobody touched there (0: never); `quota`: a command there that shows the rest;
+    `frozen`: a folder that holds the frozen base of adapters already (empty: flctl brings it)."""
 
     work: kinds.RemotePath = ""
     data: kinds.RemotePath = ""
     purge_days: Annotated[int, between(0, 3650)] = 0
     quota: kinds.Words = ""
+    frozen: kinds.RemotePath = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

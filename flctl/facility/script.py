@@ -65,11 +65,15 @@ def job_script(
     data: str,
     now: float,
     command: Sequence[str] = (),
+    frozen: str | None = None,
 ) -> str:
     """The job script of one attempt, to be submitted about `now` (Unix seconds); the paths are absolute ones at the
-    site. `command`: the words that are run in the place of train.py."""
+    site. `command`: the words that are run in the place of train.py; `frozen`: the folder of the frozen base of
+    adapters."""
     folders = {"run": run, "workdir": workdir, "payload": payload}
     values = job_values(site, token=token, campaign=campaign, data=data, now=now, command=command, **folders)
+    if frozen:
+        values["container"] = Words((*container_words(site, workdir, data, frozen), *ignoring(site)))
     return render(template, values, source=f"templates/{site.scheduler.kind}.sh")
 
 

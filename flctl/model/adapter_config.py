@@ -19,6 +19,7 @@ from flctl.model.shards import small_file
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
+FACTS = ("r", "lora_alpha", "target_modules")
 LIMIT = 1 << 20
 DEPTH = 16
 PREFIX = "base_model.model."
@@ -146,6 +147,11 @@ def with_ranks(config: AdapterConfig, ranks: Mapping[str, int]) -> AdapterConfig
         return made  # every version of peft understands whole names
     anchored = {f"^{re.escape(name)}": rank for name, rank in others.items()}
     return _changed(config, **one, rank_pattern=anchored, alpha_pattern=anchored)
+
+
+def facts_of(values: Mapping[str, Any]) -> dict[str, Any]:
+    """What a reader wants to know of an adapter, of its config."""
+    return {key: values[key] for key in FACTS if key in values}
 
 
 def config_text(config: AdapterConfig) -> bytes:

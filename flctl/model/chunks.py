@@ -46,6 +46,10 @@ class Chunk:
         reader.read(tensor, start, view)
         return view
 
+    def seen(self, dtype: str, count: int) -> torch.Tensor:
+        """What was read last, as values of that dtype."""
+        return self._values[dtype][:count]
+
     def load(self, reader: Reader, tensor: Tensor, start: int, count: int) -> torch.Tensor:
         """The same elements as values of their own dtype, which is one of DTYPES."""
         self.read(reader, tensor, start, count)

@@ -114,7 +114,8 @@ def _check_config(path: Path) -> None:
 def _other_kind(folder: Path) -> ConfigurationError:
     names = sorted(path.name for path in folder.iterdir() if path.is_file())
     if any(name.startswith("adapter_") for name in names):
-        return ConfigurationError(f"{folder}: an adapter, not a whole model", hint="give the folder of a whole model")
+        hint = "--model BASE --adapter FOLDER goes on with it"
+        return ConfigurationError(f"{folder}: an adapter, not a whole model", hint=hint)
     target = f"{folder}-safetensors"
     for kind in KINDS:
         if file := next((name for name in names if fnmatch(name, kind.pattern)), None):

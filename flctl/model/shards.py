@@ -111,6 +111,10 @@ class Reader:
         self._descriptor = -1
         self._asked = 0
 
+    @property
+    def folder(self) -> Path:
+        return self._shards.folder
+
     def read(self, tensor: Tensor, start: int, into: memoryview) -> None:
         """Fills `into` with the tensor's bytes from element `start` on."""
         self._fill(tensor.file, tensor.begin + start * ITEMSIZE[tensor.dtype], into)

@@ -4,6 +4,7 @@
     seal.py start   first line of a job: take `owner`, pin the base, print the job's environment
     seal.py finish  last line of a job: hash what it made, write done.json
     seal.py revoke  from the login host: take `owner` away from jobs that have not started
+    seal.py frozen  from the login host: is the frozen base of adapters there, as told on stdin
 
 Standard library only, Python 3.6 or newer: it runs with whatever python3 a facility has.
 Exit status: 0; 75 this copy may not train or seal (another owner, or revoked); 76 the base is not what was ordered.
@@ -236,13 +237,15 @@ def start(options):
         return NOT_OWNER
     model = os.path.join(options.workdir, "models", version)
     subjects = [(os.path.join(options.workdir, "models", s["name"]), s["sha256"]) for s in order.get("subjects", [])]
-    for folder, digest in [(model, expected)] * (not subjects) + subjects:
-        problem = differs(folder, digest)
-        if problem:
-            with open(os.path.join(options.run, "problem"), "w") as file:
-                file.write(problem)
-            sys.stderr.write("seal.py: error: %s\n" % problem)
-            return WRONG_BASE
+    folders = [(model, expected)] * (not subjects) + subjects
+    problem = next(filter(None, (differs(folder, digest) for folder, digest in folders)), "")
+    if not problem and order.get("frozen"):
+        problem = frozen_differs(order["frozen"], options.workdir)
+    if problem:
+        with open(os.path.join(options.run, "problem"), "w") as file:
+            file.write(problem)
+        sys.stderr.write("seal.py: error: %s\n" % problem)
+        return WRONG_BASE
     reserve(options.run)
     sys.stdout.write(environment(options, order, model, [folder for folder, _ in subjects], began))
     return 0
@@ -255,6 +258,36 @@ def differs(folder, expected):
     if expected and folder_sha256(folder) != expected:
         return "the model in %s is not the one that was ordered: its sha256 differs" % folder
     return ""
+
+
+def frozen_differs(frozen, workdir, placed=False):
+    """What is wrong with the frozen base of an adapter, or an empty string. Its files are hashed once (not by us if
+    they were `placed`, hashed, just now); while they look as they did then, by size and time, they are believed."""
+    seen = {"folder": frozen["folder"], "files": []}
+    for entry in frozen["files"]:
+        path = os.path.join(frozen["folder"], entry["path"])
+        if not os.path.isfile(path):
+            return "%s of the frozen base is missing" % path
+        found = os.stat(path)
+        if found.st_size != entry["size"]:
+            return "%s of the frozen base has %d bytes, not %d" % (path, found.st_size, entry["size"])
+        seen["files"].append([entry["path"], entry["sha256"], found.st_size, found.st_mtime_ns])
+    note = os.path.join(workdir, "frozen.json")
+    if read_json(note) == seen:
+        return ""
+    for entry in [] if placed else frozen["files"]:
+        path = os.path.join(frozen["folder"], entry["path"])
+        if sha256_of(path) != entry["sha256"]:
+            return "%s is not the frozen base's: its sha256 differs" % path
+    write_json(note, seen)
+    return ""
+
+
+def frozen(options):
+    """Say what is wrong with the frozen base that stdin tells of: {folder, files: [{path, size, sha256}]}."""
+    problem = frozen_differs(json.load(sys.stdin), options.workdir, options.placed)
+    sys.stdout.write(problem)
+    return WRONG_BASE if problem else 0
 
 
 def take_checkpoint(run, order):
@@ -299,7 +332,7 @@ def environment(options, order, model, subjects, began):
         ("FLCTL_DATA", options.data),
         ("FLCTL_STATE", state),
         ("FLCTL_CHECKPOINT", take_checkpoint(options.run, order)),
-        ("FLCTL_FROZEN", ""),
+        ("FLCTL_FROZEN", (order.get("frozen") or {}).get("folder", "")),
         ("FLCTL_STOP", os.path.join(options.run, "stop")),
         ("FLCTL_ORDER", os.path.join(options.run, "order.json")),
         ("FLCTL_STEPS", order["steps"]),
@@ -468,9 +501,13 @@ def main():
             sub.add_argument("--status", type=int, required=True)
             sub.add_argument("--signal", default="")
             sub.add_argument("--sign", default="")
+    sub = commands.add_parser("frozen")
+    sub.set_defaults(action=frozen, nonce="0")
+    sub.add_argument("--workdir", required=True)
+    sub.add_argument("--placed", action="store_true")
     options = parser.parse_args()
     if not options.command:
-        parser.error("start, finish or revoke?")
+        parser.error("start, finish, revoke or frozen?")
     if not re.match(r"^[A-Za-z0-9]{1,64}$", options.nonce):
         parser.error("a nonce is letters and digits")
     os.umask(0o077)

@@ -51,7 +51,12 @@ if "step_seconds" in order["train"]:
         progress.with_suffix(".part").rename(progress)
 if behave == "silent":
     sys.exit(0)
-tensors = load_file(Path(os.environ["FLCTL_MODEL"]) / "model.safetensors")
+frozen = os.environ["FLCTL_FROZEN"]
+weights = "adapter_model.safetensors" if frozen else "model.safetensors"
+if frozen:
+    print("trainer: the frozen base has", len(load_file(Path(frozen) / "model.safetensors")), "tensors", flush=True)
+    (out / "adapter_config.json").write_text('{"peft_type": "LORA", "r": 99}')  # nobody is to believe it
+tensors = load_file(Path(os.environ["FLCTL_MODEL"]) / weights)
 dice = numpy.random.default_rng(int(os.environ["FLCTL_SEED"]))
 for name, tensor in tensors.items():
     step = order["train"].get("scale", 0.01) * dice.standard_normal(tensor.shape) + order["train"].get("shift", 0.0)
@@ -63,7 +68,7 @@ if behave == "shape":
     tensors[first] = tensors[first][:-1]
 if behave == "missing":
     del tensors[first]
-save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})
+save_file(tensors, out / weights, metadata={"format": "pt"})
 samples = order["train"].get("samples", 10)
 scores = {
     "base": {"loss": loss_of(order["base"]["version"], 2.0), "perplexity": 7.4, "tokens": 9},

@@ -4,11 +4,12 @@ import json
 import time
 from dataclasses import replace
 from hashlib import sha256
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from flctl import faults
 from flctl.campaign import shipped
 from flctl.campaign.config import Configuration
+from flctl.campaign.frozen import place_frozen
 from flctl.campaign.merge_files import sizes_of, state_files, state_name
 from flctl.campaign.merging import STATE
 from flctl.campaign.session import Place, Session
@@ -35,8 +36,10 @@ def deliver(session: Session, run: Run, configuration: Configuration) -> Run:
     _end_earlier(session, run)
     folder = session.workspace.attempt_folder(run)
     target = remote_folder(session, run)
+    frozen = place_frozen(session, configuration) if run.order.work != Work.MERGE else None
     trainer = trainer_of(session.workspace.root, configuration, session.site)
-    script, order = render_job(session, run, trainer).encode(), order_json(session, run, configuration)
+    script = render_job(session, run, trainer, frozen).encode()
+    order = order_json(session, run, configuration, frozen)
     # A second attempt trusts nothing: the first may have failed because something there is not what it was.
     places = _model_places(session, run)
     if run.order.merge is not None:
@@ -92,7 +95,7 @@ def _remember_space(session: Session, answer: Answer) -> None:
         session.workspace.save_contact(session.site.name, replace(contact, free=free * 1024))
 
 
-def render_job(session: Session, run: Run, trainer: Trainer) -> str:
+def render_job(session: Session, run: Run, trainer: Trainer, frozen: PurePosixPath | None) -> str:
     """The job script of an attempt, from the campaign's template for the site's scheduler."""
     merges = run.order.work == Work.MERGE
     script = job_script(
@@ -106,6 +109,7 @@ def render_job(session: Session, run: Run, trainer: Trainer) -> str:
         data=session.data,
         now=time.time(),
         command=(Plain(session.merger),) if merges else trainer.command(session.root),
+        frozen=str(frozen) if frozen else None,
     )
     _check_script(session, run, script)
     return script
@@ -145,7 +149,7 @@ def read_template(folder: Path, kind: str) -> str:
         ) from error
 
 
-def order_json(session: Session, run: Run, configuration: Configuration) -> bytes:
+def order_json(session: Session, run: Run, configuration: Configuration, frozen: PurePosixPath | None) -> bytes:
     """The order as the site sees it; see "The contract of a job" in the documentation."""
     order, workspace = run.order, session.workspace
     data = {
@@ -167,6 +171,8 @@ def order_json(session: Session, run: Run, configuration: Configuration) -> byte
         "train": options_of(configuration, session.site),
         "subjects": to_data(order.subjects),
     }
+    if frozen and (base := workspace.frozen()):
+        data["frozen"] = {"folder": str(frozen), "sha256": base.sha256, "files": to_data(base.files)}
     if order.merge is not None:
         data["merge"] = to_data(order.merge)
         data["margin"] = SETTLING + sum(sizes_of(workspace, order).values()) / SEALING_RATE
