@@ -23,6 +23,7 @@ from flctl.cli import (
     init,
     interventions,
     login,
+    partition,
     plan,
     round,
     site,
@@ -47,12 +48,31 @@ NUMBER = re.compile(r"-?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?", re.IGNORECASE)
 SETTING = re.compile(r"[a-z]\w*=.*", re.IGNORECASE)
 # Options that take several words, and what a word after the first must be to belong to them (None: anything).
 LISTS: Mapping[str, re.Pattern[str] | None] = {"--sites": None}
-LISTS_OF = {"aggregate": {"--weights": NUMBER, "--steps": NUMBER, "--bases": None, "--option": SETTING}}
-HINTS = {"--sites": "--sites a b, --sites a,b or --sites all", "--option": "--option lr=0.1 dialect=paper"}
+LISTS_OF: Mapping[str, Mapping[str, re.Pattern[str] | None]] = {
+    "aggregate": {"--weights": NUMBER, "--steps": NUMBER, "--bases": None, "--option": SETTING},
+    "partition": {"--clients": None},
+}
+HINTS = {
+    "--clients": "--clients 4, or --clients a b",
+    "--sites": "--sites a b, --sites a,b or --sites all",
+    "--option": "--option lr=0.1 dialect=paper",
+}
 WHOLE = frozenset({"--bases", "--option"})  # their words may hold commas
 CAMPAIGN_OPTIONS = frozenset({"-C", "--campaign"})
 JSON_COMMANDS = frozenset(
-    {"round", "plan", "status", "login", "aggregate", "verify", "audit", "gc", "campaign tick", "auth test"}
+    {
+        "round",
+        "plan",
+        "status",
+        "login",
+        "aggregate",
+        "verify",
+        "partition",
+        "audit",
+        "gc",
+        "campaign tick",
+        "auth test",
+    }
     | {"site list", "site show", "site test", "site stage"}
 )
 
@@ -82,7 +102,22 @@ def flctl(
     context.obj = folder
 
 
-for module in (init, adopt, demo, plan, round, status, login, interventions, aggregate, verify, audit, export, gc):
+for module in (
+    init,
+    adopt,
+    demo,
+    plan,
+    round,
+    status,
+    login,
+    interventions,
+    aggregate,
+    verify,
+    audit,
+    export,
+    gc,
+    partition,
+):
     module.register(app)
 app.add_typer(site.app, name="site")
 app.add_typer(auth.app, name="auth")
