@@ -63,6 +63,7 @@ class LocalCampaign:
         self.place, self._env = place, {**os.environ, **(env or {})}
 
     def init(self, profiles: Sequence[Path], model: Path, settings: Path, *more: str) -> None:
+        """`more`: further words for flctl init."""
         sites = ",".join(map(str, profiles))
         words = ["--sites", sites, "--model", str(model), "--settings", str(settings), *more]
         self._run(["init", str(self.place), *words], Path.cwd())
@@ -92,7 +93,7 @@ class TestbedCampaign:
             shutil.rmtree(old, ignore_errors=True)
         bed.user.folder(self.folder)
 
-    def init(self, profiles: Mapping[str, str], model: Path, settings: Path) -> None:
+    def init(self, profiles: Mapping[str, str], model: Path, settings: Path, *more: str) -> None:
         """`profiles` are texts by name; model and settings may lie where the orchestrator cannot look."""
         shutil.copytree(model, self.folder / "start")
         shutil.copyfile(settings, self.folder / settings.name)
@@ -101,7 +102,7 @@ class TestbedCampaign:
         self._give(self.folder)
         sites = ",".join(str(self.folder / f"{name}.toml") for name in profiles)
         words = ["--model", str(self.folder / "start"), "--settings", str(self.folder / settings.name)]
-        self._run(["init", str(self.place), "--sites", sites, *words], self._bed.user.home)
+        self._run(["init", str(self.place), "--sites", sites, *words, *more], self._bed.user.home)
 
     def _give(self, folder: Path) -> None:
         for path in (folder, *folder.rglob("*")):
