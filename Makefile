@@ -33,8 +33,8 @@ test: setup-test testbed-packages
 	$(BIN)/python -m pytest -n 3 --dist loadgroup --no-loadscope-reorder
 
 lint: setup-test
-	$(BIN)/ruff check flctl tests bench
-	$(BIN)/ruff format --check flctl tests bench
+	$(BIN)/ruff check flctl tests bench examples
+	$(BIN)/ruff format --check flctl tests bench examples
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/vermin -q -t=3.6- --no-tips flctl/payload/seal.py flctl/payload/batch.py flctl/model/__main__.py

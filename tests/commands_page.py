@@ -10,7 +10,7 @@ HEAD = """\
 # Commands
 
 As `--help` prints them. The campaign of a command is `-C DIR`, else `$FLCTL_CAMPAIGN`, else the nearest folder upwards with a
-`flctl.toml`. `--sites` takes `a b`, `a,b` or `all`; the lists of `aggregate` are written `5,3,2` or `5 3 2`.
+`flctl.toml`. `--sites` takes `a b`, `a,b` or `all`, `--clients` of `partition` a number or names; the lists of `aggregate` are written `5,3,2` or `5 3 2`.
 
 | exit code | meaning |
 |---|---|
@@ -29,13 +29,14 @@ As `--help` prints them. The campaign of a command is `-C DIR`, else `$FLCTL_CAM
 | 12 | unknown or changed host key |
 | 130 | interrupted |
 
-Of several, the first of 130, 1, 3, 12, 4, 5, 9, 7, 6, 8, 11 counts. With `--json` (`round`, `evaluate`, `plan`, `status`, `history`, `aggregate`, `verify`,
+Of several, the first of 130, 1, 3, 12, 4, 5, 9, 7, 6, 8, 11 counts. With `--json` (`round`, `evaluate`, `plan`, `status`, `history`, `aggregate`, `verify`, `partition`,
 `audit`, `gc`, `site list`, `site show`, `site test`, `site stage`, `auth test`, `login --status`, `campaign tick`) stdout is one object: `schema_version`, `command`, `status` (`ok`, `partial`: done, but something failed on the way, `error`),
 `exit_code`, `data`, and `errors`, each with `code`, `site`, `message`, `hint`. `data` of `status` holds `campaign`, `model`
 (`version`, `path`, `sha256`, `warnings` of the gates, `privacy`), `space` (`site`, `free`, `per_round`, `rounds`), `warnings` and `runs` (`site`, `number`, `attempt`, `work`, `base`, `round`, `stage`, `held`, `job_id`, `steps`,
 `samples`, `queue_seconds`, `train_seconds`, `progress`: steps in its checkpoint, `attempts`: earlier ones, each with `cause` and `reason`, `note`, of a failed one `cause` and `hint`); that of `round` and `campaign tick` the same with `done` and `waiting`, and where a plan only evaluates, as that of `evaluate`, `evaluation` (`model`, `sites`); that of `history`: [Evaluation](evaluation.md); that of
 `aggregate` the model's `path`, `sha256` and `bytes`, `seconds`, `contributions` (`site`, `path`, `weight`, `coefficient`), `state`,
-`threads`, `ranks` and `notes`; that of `verify` `version`, `agrees`, `rebuilt`, and the files `differing`, `missing` and `remade`;
+`threads`, `ranks` and `notes`; that of
+`partition` what partition.json holds, and `paths`; that of `verify` `version`, `agrees`, `rebuilt`, and the files `differing`, `missing` and `remade`;
 that of `audit` `differences` (`file`, `round`, `what`), `notes`, `crossings` (`site`, `direction`, `round`, `kind`, `files`, `bytes`), `logins`,
 `head`, `models`, `collected`, `lines`, `files`, `bytes`; that of `gc` `dry_run` and `items` (`site`, `path`, `bytes`); that of `plan` `first`, `target`, `steps`, `privacy`, `scripts` (paths) and `sites` (each with `node_hours_round`, `node_hours_plan`, `used`,
 `budget`, `bytes_out`, `bytes_in`, `bytes_frozen`, `resident`, `logins`, `look`, `per_day`, `free`, `need`, `told`, `notes`, `problems`); that of `site list` `sites` (`name`, `title`,

@@ -35,10 +35,14 @@ def init(
     trainer: Annotated[
         Path | None, typer.Option("--trainer", help="A program of yours, NAME.py, that trains in place of train.py.")
     ] = None,
+    settings: Annotated[
+        Path | None, typer.Option("--settings", metavar="FILE", help="A flctl.toml to begin with; its id is made new.")
+    ] = None,
 ) -> None:
     """Make a campaign: flctl.toml, site profiles, job templates, model 0000. Never overwrites."""
     from flctl.campaign.creation import create, unfilled
     from flctl.campaign.profiles import texts_of
+    from flctl.campaign.settings import Settings
 
     if lora is not None and adapter is not None:
         raise UsageError("--lora makes a new adapter, --adapter goes on with one", hint="give one of the two")
@@ -47,13 +51,13 @@ def init(
         from flctl.model.lora import parsed
 
         begin = parsed(lora)
+    wanted = None if settings is None else Settings(settings)
+    seed = seed or (wanted.seed if wanted else 0)
+    profiles = texts_of(sites)
     with shown() as tell:
-        profiles = texts_of(sites)
-        workspace = create(
-            folder, profiles=profiles, model=model, seed=seed, trainer=trainer, adapter=begin, told=tell
-        )
-            folder, profiles=texts_of(sites), model=model, seed=seed, trainer=trainer, adapter=begin, told=tell
-        )
+        workspace = create(folder, profiles=profiles, model=model, seed=seed, trainer=trainer, adapter=begin, told=tell)
+    if wanted is not None:
+        wanted.apply(workspace)
     print(f"campaign {workspace.label} is in {workspace.root}")
     gaps = unfilled(workspace)
     if gaps:

@@ -25,6 +25,7 @@ from flctl.cli import (
     init,
     interventions,
     login,
+    partition,
     plan,
     round,
     site,
@@ -49,8 +50,15 @@ NUMBER = re.compile(r"-?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?", re.IGNORECASE)
 SETTING = re.compile(r"[a-z]\w*=.*", re.IGNORECASE)
 # Options that take several words, and what a word after the first must be to belong to them (None: anything).
 LISTS: Mapping[str, re.Pattern[str] | None] = {"--sites": None}
-LISTS_OF = {"aggregate": {"--weights": NUMBER, "--steps": NUMBER, "--bases": None, "--option": SETTING}}
-HINTS = {"--sites": "--sites a b, --sites a,b or --sites all", "--option": "--option lr=0.1 dialect=paper"}
+LISTS_OF: Mapping[str, Mapping[str, re.Pattern[str] | None]] = {
+    "aggregate": {"--weights": NUMBER, "--steps": NUMBER, "--bases": None, "--option": SETTING},
+    "partition": {"--clients": None},
+}
+HINTS = {
+    "--clients": "--clients 4, or --clients a b",
+    "--sites": "--sites a b, --sites a,b or --sites all",
+    "--option": "--option lr=0.1 dialect=paper",
+}
 WHOLE = frozenset({"--bases", "--option"})  # their words may hold commas
 CAMPAIGN_OPTIONS = frozenset({"-C", "--campaign"})
 JSON_COMMANDS = frozenset(
@@ -63,6 +71,7 @@ JSON_COMMANDS = frozenset(
         "login",
         "aggregate",
         "verify",
+        "partition",
         "audit",
         "gc",
         "campaign tick",
@@ -113,6 +122,7 @@ for module in (
     audit,
     export,
     gc,
+    partition,
 ):
     module.register(app)
 app.add_typer(site.app, name="site")

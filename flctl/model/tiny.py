@@ -11,12 +11,19 @@ INITIALIZER_RANGE = 0.08
 
 
 def write_tiny_model(
-    folder: Path, *, seed: int, dtype: str = "float32", shard_size: int | str = "5GB", tied: bool = True
+    folder: Path,
+    *,
+    seed: int,
+    dtype: str = "float32",
+    shard_size: int | str = "5GB",
+    tied: bool = True,
+    width: int = 64,
+    layers: int = 2,
 ) -> None:
     """Write a randomly initialised model and its tokenizer as a Hugging Face folder with safetensors weights.
 
     The same seed gives the same bytes. `shard_size` (bytes, or as transformers spells it) splits the weights into
-    shards; `tied=False` gives the output layer a tensor `lm_head.weight` of its own."""
+    shards; `tied=False` gives the output layer a tensor `lm_head.weight` of its own. `width` is a multiple of 16."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
     from transformers.utils import logging
@@ -25,9 +32,9 @@ def write_tiny_model(
     tokenizer = _byte_tokenizer()
     config = LlamaConfig(
         vocab_size=len(tokenizer),
-        hidden_size=64,
-        intermediate_size=192,
-        num_hidden_layers=2,
+        hidden_size=width,
+        intermediate_size=3 * width,
+        num_hidden_layers=layers,
         num_attention_heads=4,
         num_key_value_heads=2,
         max_position_embeddings=LONGEST,
