@@ -1,4 +1,4 @@
-"""APPFL's case scaled down: a partitioned dataset in SuperGLUE's form, a LoRA adapter trained by four unlike clients."""
+"""APPFL's case scaled down: a partitioned dataset in SuperGLUE's form, a LoRA adapter of four unlike clients."""
 
 import json
 import math
