@@ -23,7 +23,7 @@ STANDS_FOR = {"delta": "leonardo", "perlmutter": "karolina"}  # of the testbed
 LORA = ("--lora", "r=8,alpha=32,targets=q_proj+v_proj")
 PARTITION = ("--by", "label", "--alpha-size", "8", "--alpha-class", "2", "--seed", "42")
 SEED = 42
-TEST = 90  # records that no client has
+TEST = 60  # records that no client has
 
 
 def main(words: Sequence[str] | None = None) -> None:
