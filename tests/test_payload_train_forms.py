@@ -124,7 +124,7 @@ def test_an_instruction_campaign_trains_the_same_in_one_and_two_processes(model,
 
 def test_a_tokenizer_with_more_tokens_than_the_model_is_refused(model, data, tmp_path):
     config = transformers.AutoConfig.from_pretrained(model)
-    config.vocab_size = 40
+    config.vocab_size, config.pad_token_id = 40, None
     transformers.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "base")
     for path in model.glob("*token*"):
         (tmp_path / "base" / path.name).write_bytes(path.read_bytes())
@@ -275,6 +275,7 @@ def test_dp_sgd_clips_each_sequences_gradient_and_accounts_for_what_it_let_out(m
     training = make(dp_noise_multiplier=1e-9, dp_clip=clip, micro_batch=2)
     monkeypatch.setattr(training, "places", lambda: places)
     begun = values(training)
+    training.loaded.model.train()
     training.step()
     expected = [torch.zeros_like(weight) for weight in begun]
     reference = make()

@@ -12,6 +12,7 @@ It reads top to bottom: what may be asked, the processes, the data, the model, t
 what comes out. The same global batch gives the same losses whatever the number of processes."""
 
 import contextlib
+import copy
 import difflib
 import gc
 import hashlib
@@ -1083,7 +1084,9 @@ def save_shards(loaded: Loaded, out: Path, world: World) -> None:
         if loaded.adapter:
             shutil.copyfile(Path(asked("FLCTL_MODEL"), "adapter_config.json"), out / "adapter_config.json")
         else:
-            loaded.model.config.save_pretrained(out)
+            config = copy.deepcopy(loaded.model.config)
+            config.dtype = usual(stored)
+            config.save_pretrained(out)
 
 
 def write_tensors(folder: Path, stem: str, tensors: dict[str, tuple[torch.Tensor, torch.dtype]], world: World) -> None:
