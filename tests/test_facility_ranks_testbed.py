@@ -112,7 +112,7 @@ def test_a_rank_that_fails_ends_the_others_and_its_words_are_the_reason(ranks: R
 def test_train_py_as_two_ranks_shards_the_model_and_ends_with_the_warning(
     testbed: Testbed, cluster: Slurm, name: str
 ) -> None:
-    """The real trainer on real text: both ranks save one model after the same step, which the next round begins with."""
+    """The real trainer on real text: both ranks save one model after the same step; the next round begins with it."""
     federation = Federation(testbed, f"train-{name}", real=True)
     shape = {"prod": {"ranks": 2, "cpus": 4, "walltime": "00:05:00"}}
     federation.lay("karolina", shapes=shape, environment={"launch": LAUNCHERS[name]})
