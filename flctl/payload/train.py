@@ -25,6 +25,7 @@ import resource
 import shutil
 import signal
 import socket
+import subprocess
 import sys
 import tempfile
 import time
@@ -1703,6 +1704,18 @@ def speed(training: Training) -> dict[str, Any]:
     return figures
 
 
+def energy() -> dict[str, int]:
+    """Joules of the job so far, of all its steps, where Slurm counts them (AcctGatherEnergyType)."""
+    job = os.environ.get("SLURM_JOB_ID", "")
+    words = ["sstat", "--noheader", "--parsable2", "--allsteps", "--format=ConsumedEnergyRaw", f"--jobs={job}"]
+    try:
+        told = subprocess.run(words, capture_output=True, text=True, timeout=20, check=True).stdout if job else ""
+    except (OSError, subprocess.SubprocessError):
+        return {}
+    joules = sum(int(line) for line in told.split() if line.isdecimal())
+    return {"energy": joules} if joules else {}
+
+
 def device_name(world: World) -> str:
     kind = {"cuda": torch.cuda, "xpu": torch.xpu}.get(world.device.type)
     return str(kind.get_device_name(world.device)) if kind else "cpu"
@@ -1772,6 +1785,7 @@ def work(world: World) -> None:
         if not lacks_memory(error):
             raise
         raise out_of_memory(error, options, world) from error
+    metrics |= energy() if world.first else {}
     metrics["device"] = device_name(world)
     metrics["seconds"] = round(time.monotonic() - BEGAN, 3)
     if world.first:
