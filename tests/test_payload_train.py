@@ -226,7 +226,7 @@ def test_the_deadline_is_kept(first, model, data, tmp_path):
 def test_the_energy_of_all_steps_is_told_where_slurm_counts_it(trainer, tmp_path, monkeypatch):
     """No plugin here measures any: a stand-in prints what sstat does."""
     program = tmp_path / "sstat"
-    program.write_text('#!/bin/sh\n[ "$6" = --jobs=77 ] && printf "1200\\n34\\n\\n"\n')
+    program.write_text('#!/bin/sh\n[ "$5" = --jobs=77 ] && printf "1200\\n34\\n\\n"\n')
     program.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     assert trainer.energy() == {}
