@@ -59,7 +59,8 @@ REMEDIES: Mapping[Cause, str] = MappingProxyType(
         Cause.MEMORY: 'try a smaller micro_batch, activation_checkpointing = true or sharding = "full" in [train] of '
         "sites/{site}.toml, or more memory (gpus, ranks, nodes) in its shape",
         Cause.DIVERGED: "try a smaller lr, more warmup_steps or a smaller clip in [train] of flctl.toml",
-        Cause.DATA: "correct the data that storage.data of sites/{site}.toml names, or that path",
+        Cause.DATA: "correct the data or storage.data in sites/{site}.toml, or what it is read as: text_field, format, "
+        "sequence_length in [train]",
         Cause.TOKENIZER: "install what the model's tokenizer needs at {site}, or begin with one whose tokenizer fits",
         Cause.MODEL: "install what the model needs (transformers) in the environment of sites/{site}.toml",
         Cause.OPTIONS: "correct [train] of flctl.toml or of sites/{site}.toml",

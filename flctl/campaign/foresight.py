@@ -4,7 +4,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from flctl.campaign import shipped
+from flctl.campaign import train_options
 from flctl.campaign.config import Configuration, load_profile
 from flctl.campaign.frozen import is_there, known, source_of
 from flctl.campaign.privacy import check_plan
@@ -87,29 +87,46 @@ def check_limits(workspace: Workspace, sites: Sequence[str]) -> None:
 
 
 def check_train(workspace: Workspace, sites: tuple[str, ...], configuration: Configuration) -> None:
-    """ConfigurationError if train.command cannot be run, or if [train] holds a key that train.py does not know. A
-    trainer of one's own may have others."""
-    known = ("command", *shipped.trainer_options())
+    """ConfigurationError if train.command cannot be run, or if [train] holds what train.py refuses. A trainer of one's
+    own may have others."""
     for name in sites:
         profile = load_profile(workspace, name)
+        own = f"sites/{name}.toml"
+        if "steps" in profile.train:
+            reason = "all sites make as many steps: say it in [train] of flctl.toml, or with --steps"
+            raise _wrong(workspace.root / own, "train.steps", reason)
         if trainer_of(workspace.root, configuration, profile).words:
             continue
-        for file, table in (("flctl.toml", configuration.train), (f"sites/{name}.toml", profile.train)):
-            for key in table:
-                if key not in known:
-                    close = nearest(key, known)
-                    advice = f"did you mean train.{close}?" if close else f"train.py knows: {', '.join(known)}"
-                    raise ConfigurationError(
-                        f"{workspace.root / file}: train.{key}: train.py has no such option; {advice}",
-                        hint=f"correct {workspace.root / file}",
-                    )
+        for file, table in (("flctl.toml", configuration.train), (own, profile.train)):
+            for key, value in table.items():
+                _check_option(workspace.root / file, key, value)
+        shape, given = profile.shape, {**configuration.train, **profile.train}
+        given = {key: value for key, value in given.items() if key != "command"}
+        frozen = workspace.frozen() is not None
+        if reason := train_options.clash(given, shape.nodes * shape.ranks, frozen=frozen):
+            raise ConfigurationError(
+                f"{name}: {reason}", hint=f"correct [train] of flctl.toml or of {own}, or its shape", site=name
+            )
+
+
+def _check_option(file: Path, key: str, value: object) -> None:
+    known = ("command", *train_options.known())
+    if key not in known:
+        close = nearest(key, known)
+        advice = f"did you mean train.{close}?" if close else f"train.py knows: {', '.join(known)}"
+        raise ConfigurationError(f"{file}: train.{key}: train.py has no such option; {advice}", hint=f"correct {file}")
+    if key != "command" and (reason := train_options.unfit(key, value)):
+        raise ConfigurationError(f"{file}: train.{key} {reason}", hint=f"correct {file}")
 
 
 def check_validation(workspace: Workspace, configuration: Configuration, sites: Sequence[str]) -> None:
     """ConfigurationError if a site keeps no text for evaluation. A trainer of its own may have options of its own."""
     for name in sites:
         profile = load_profile(workspace, name)
-        if not profile.environment.trainer and {**configuration.train, **profile.train}.get("validation") == 0:
+        if (
+            not trainer_of(workspace.root, configuration, profile).words
+            and {**configuration.train, **profile.train}.get("validation") == 0
+        ):
             raise ConfigurationError(
                 f"train.validation is 0 at {name}, so that nothing is evaluated there",
                 hint=f"set it above 0 in flctl.toml, or in sites/{name}.toml",

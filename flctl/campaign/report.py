@@ -15,7 +15,7 @@ from flctl.errors import ConfigurationError
 from flctl.facility.allowance import used
 from flctl.facility.certificates import clock
 from flctl.facility.profile import load_site
-from flctl.records import Contact, Run, Stage, Work
+from flctl.records import Contact, Contribution, Run, Stage, Work
 
 
 def run_row(run: Run, contact: Contact) -> dict[str, Any]:
@@ -52,6 +52,8 @@ def _between(begin: float | None, end: float | None) -> float | None:
 def _note(run: Run) -> str:
     if run.failure is not None:
         return run.failure.message
+    if run.contribution is not None:
+        return _given(run, run.contribution)
     if not run.open or not run.job.state:
         return ""
     words = [run.job.state + (f": {run.job.reason}" if run.job.reason not in ("", "None") else "")]
@@ -61,6 +63,17 @@ def _note(run: Run) -> str:
         words.append(f"step {run.job.progress} saved")
     if run.job.expected_start is not None:
         words.append(f"estimated start {clock(run.job.expected_start)}")
+    return ", ".join(words)
+
+
+def _given(run: Run, given: Contribution) -> str:
+    """What is worth knowing of a result besides its numbers."""
+    words = []
+    if run.order.work == Work.TRAIN and given.steps < run.order.steps:
+        words.append(f"{given.steps} of {run.order.steps} steps: it was ended early")
+    spent = given.metrics.get("privacy")
+    if isinstance(spent, dict) and all(isinstance(spent.get(key), (int, float)) for key in ("epsilon", "delta")):
+        words.append(f"DP-SGD: epsilon {spent['epsilon']:.3g} at delta {spent['delta']:g}")
     return ", ".join(words)
 
 

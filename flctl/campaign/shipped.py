@@ -1,6 +1,5 @@
 """Finds what flctl ships beside its code: templates, site profiles, the payload, the zip that merges."""
 
-import ast
 import io
 import zipfile
 from functools import cache
@@ -44,15 +43,6 @@ def payload_manifest() -> tuple[FileEntry, ...]:
 
 def payload_sha256() -> str:
     return folder_sha256(payload_manifest())
-
-
-def trainer_options() -> tuple[str, ...]:
-    """The options that train.py knows, read from its source: nobody imports the payload."""
-    for node in ast.parse((payload_folder() / "train.py").read_text(encoding="utf-8")).body:
-        if isinstance(node, ast.AnnAssign) and getattr(node.target, "id", "") == "OPTIONS":
-            keys = node.value.keys if isinstance(node.value, ast.Dict) else []
-            return tuple(key.value for key in keys if isinstance(key, ast.Constant) and isinstance(key.value, str))
-    raise FlctlError("train.py names no options", hint="install flctl again")
 
 
 @cache

@@ -202,7 +202,8 @@ def _print_end(workspace: Workspace, outcome: "Outcome", first: int) -> None:
         spared = any(alternative(workspace, run).startswith("flctl skip") for run in open_runs)
         driven = all(failure.code != "locked" for _, failure in outcome.errors)
         skip = "; flctl skip SITE makes it without one" if spared and driven else ""
-        print(f"-> flctl round goes on from here{skip}")
+        after = "then " if outcome.errors else ""
+        print(f"-> {after}flctl round goes on from here{skip}")
     if outcome.done:
         print(f"model {model.version:04d}  sha256 {model.sha256[:16]}  {workspace.model_folder(model.version)}")
 

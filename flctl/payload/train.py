@@ -29,6 +29,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -1503,6 +1504,9 @@ class Kept:
         if not folder:
             return
         card, tensors = self._read(Path(folder))
+        if training.options["dp_noise_multiplier"] and not card["private"]:
+            self.world.say(f"run {self.continues} was without DP-SGD: nothing of its state is taken up")
+            return
         if card["data"] == training.store.digest:
             training.cursor = Cursor(training.cursor.rows, **card["cursor"])
         self._moments(training, card, tensors)
@@ -1557,6 +1561,7 @@ class Kept:
                 "cursor": training.cursor.card(),
                 "data": training.store.digest,
                 "version": training.ask.version,
+                "private": bool(training.options["dp_noise_multiplier"]),
                 "moments": int(first.get("step", 0)) if kinds["exp_avg"] else 0,
             }
             write_whole(part / "card.json", json.dumps(card))
@@ -1786,6 +1791,7 @@ def out_of_memory(error: Exception, options: Options, world: World) -> Refused:
 def work(world: World) -> None:
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
+    warnings.filterwarnings("ignore", module=r"(peft|opacus|torch|transformers)(\.|$)")  # none is for who reads the log
     order = read_order()
     options = read_options(order.get("train") or {})
     seed = number("FLCTL_SEED", 0)
