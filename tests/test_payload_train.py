@@ -317,6 +317,8 @@ def test_no_data_is_refused(trainer, tmp_path):
         trainer.find_files(tmp_path)
     with pytest.raises(trainer.Refused, match=r"no data: .* is neither a folder nor a file"):
         trainer.find_files(tmp_path / "absent")
+    with pytest.raises(trainer.Refused, match=r"unreadable data: .*File name too long"):
+        trainer.find_files(tmp_path / ("a" * 300))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -183,6 +183,51 @@ def test_four_bits_without_a_gpu_are_refused(model, data, tmp_path):
     assert 'train.py: error [options]: train.quantize = "4bit" needs a GPU' in ended.error
 
 
+# What is held at a time
+
+
+def test_gradients_are_sharded_after_each_pass(trainer, model, data, tmp_path, monkeypatch):
+    """Between the passes of a step no process holds the gradient of the whole model."""
+    import torch.distributed as dist
+
+    world = trainer.World(store=None)
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        options = trainer.read_options({"batch": 4, "micro_batch": 2, "sequence_length": 32})
+        monkeypatch.setenv("FLCTL_DATA", str(data))
+        monkeypatch.delenv("FLCTL_STATE", raising=False)
+        store = trainer.read_data(str(model), options, world)
+        loaded = trainer.Loaded(trainer.load_shards(str(model), "", options, world), {}, whole=False)
+        loaded.run = loaded.model
+        ask = trainer.Ask(steps=1, behind=0, total=1, version=0, deadline=math.inf, spare=0.0, seed=1)
+        training = trainer.Training(loaded, store, options, ask, world)
+        training._backward([0, 1], 128, 4, last=False)
+        assert all(hasattr(weight.grad, "placements") for weight in training.weights)
+    finally:
+        dist.destroy_process_group()
+
+
+def test_an_evaluation_holds_one_model_at_a_time(trainer, model, data, tmp_path, monkeypatch):
+    import weakref
+
+    loads, held = trainer.load, []
+
+    def load(*words: Any) -> Any:
+        assert [each for each in held if each() is not None] == []
+        loaded = loads(*words)
+        held.append(weakref.ref(loaded.model))
+        return loaded
+
+    monkeypatch.setattr(trainer, "load", load)
+    monkeypatch.setenv("FLCTL_DATA", str(data))
+    monkeypatch.setenv("FLCTL_SUBJECTS", f"{model}\n{model}")
+    options = trainer.read_options({"batch": 4, "sequence_length": 32, "validation_batches": 1})
+    order = {"subjects": [{"name": "a"}, {"name": "b"}]}
+    found = trainer.evaluate_subjects(order, options, trainer.World())["evaluation"]
+    assert found["a"] == found["b"]
+    assert len(held) == 2
+
+
 # Local objectives
 
 
@@ -268,6 +313,24 @@ def test_scaffold_goes_on_with_its_controls_in_the_next_round(model, data, tmp_p
     assert "SCAFFOLD's control variates begin anew" in missed.log
 
 
+def test_a_weight_that_the_loss_does_not_reach_is_no_hindrance(make, trainer, tmp_path, monkeypatch):
+    training = make(optimizer="adamw", mu=0.1)
+    unused = torch.nn.Parameter(torch.ones(3))
+    training.trained["unused"] = unused
+    training.weights.append(unused)
+    training.base.append(unused.detach().clone())
+    training.step()
+    monkeypatch.setenv("FLCTL_CHECKPOINT", str(tmp_path / "checkpoint"))
+    (tmp_path / "checkpoint").mkdir()
+    kept = trainer.Kept({}, trainer.World())
+    assert kept.checkpoint(training)
+    again = make(optimizer="adamw", mu=0.1)
+    trainer.Kept({}, trainer.World()).resume(again)
+    assert again.done.steps == 1
+    state = again.optimizer.state[again.weights[0]]
+    assert torch.equal(state["exp_avg"], training.optimizer.state[training.weights[0]]["exp_avg"])
+
+
 def test_dp_sgd_clips_each_sequences_gradient_and_accounts_for_what_it_let_out(make, trainer, tmp_path, monkeypatch):
     """With next to no noise: w - lr / batch * sum of g_i / max(1, |g_i| / C), whatever the size of a pass (Abadi et al.
     2016)."""
@@ -291,6 +354,19 @@ def test_dp_sgd_clips_each_sequences_gradient_and_accounts_for_what_it_let_out(m
             total += part * clip / norm
     for before, after, total in zip(begun, values(training), expected, strict=True):
         assert torch.allclose(after - before, -0.1 / 4 * total, atol=1e-7)
+
+
+def test_a_step_of_dp_sgd_whose_draw_is_empty_is_noise_alone(make, monkeypatch):
+    training = make(dp_noise_multiplier=0.5, dp_clip=1.0)
+    training.loaded.model.train()
+    for places in ([], [0, 1], []):
+        monkeypatch.setattr(training, "places", lambda places=places: places)
+        begun = values(training)
+        assert math.isfinite(training.step()[0])
+        moved = torch.cat([(after - before).flatten() for before, after in zip(begun, values(training), strict=True)])
+        # lr / batch * noise of deviation 0.5 * clip; the two sequences add at most lr / batch * 2 clips in all
+        assert float(moved.std()) == pytest.approx(0.1 / 4 * 0.5, rel=0.05)
+    assert training.done.samples == 2
 
 
 def test_dp_sgd_reports_the_epsilon_of_all_its_runs(model, data, tmp_path):

@@ -28,7 +28,7 @@ import socket
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
@@ -224,6 +224,11 @@ class World:
         if self.size > 1:
             self.sum(0.0)  # a barrier of the CPU's backend
 
+    def agree(self, problem: OSError | None) -> None:
+        """What went wrong in one process is raised in all of them: none goes on alone, none waits for it."""
+        if self.sum(float(problem is not None))[0]:
+            raise problem or OSError("another process could not write")
+
     def tell(self, value: Any) -> Any:
         """What the first process says, to all."""
         box = [value]
@@ -368,12 +373,22 @@ class Sample:
 def find_files(place: Path) -> list[Path]:
     """The data files at or below `place`, and the folders that `datasets` saved, hidden ones left out, in an order that
     is the same everywhere."""
-    if place.is_file():
-        return [place]
-    if not place.is_dir():
-        raise Refused("data", f"no data: {place} is neither a folder nor a file")
+    try:
+        if place.is_file():
+            return [place]
+        if not place.is_dir():
+            raise Refused("data", f"no data: {place} is neither a folder nor a file")
+        return files_below(place)
+    except OSError as error:
+        raise Refused("data", f"unreadable data: {error.filename or place}: {error.strerror}") from None
+
+
+def files_below(place: Path) -> list[Path]:
+    def refuse(error: OSError) -> None:
+        raise error
+
     found: list[Path] = []
-    for folder, folders, names in os.walk(place):
+    for folder, folders, names in os.walk(place, onerror=refuse):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         if {"dataset_info.json", "state.json"} <= set(names) or "dataset_dict.json" in names:
             found.append(Path(folder))
@@ -642,7 +657,9 @@ def fill_store(
                     del waiting[:64]
             training.add(waiting, source)
         validation = Packed(file, tokenizer, options, start=training.count)
-        validation.add([sample for place, sample in split.samples() if place < split.bound], 0)
+        held = [sample for place, sample in split.samples() if place < split.bound]
+        for start in range(0, len(held), 64):
+            validation.add(held[start : start + 64], 0)
     if not validation.has_row:
         return None
     for name, packed in (("training", training), ("validation", validation)):
@@ -918,7 +935,10 @@ def load_shards(folder: str, adapter: str, options: Options, world: World) -> An
         if type(module).__name__ in layers:
             fully_shard(module, mesh=mesh, mp_policy=policy)
     fully_shard(model, mesh=mesh, mp_policy=policy)
-    fill_shards(model, Tensors(folder), Tensors(adapter) if adapter else None)
+    try:
+        fill_shards(model, Tensors(folder), Tensors(adapter) if adapter else None)
+    except (OSError, SafetensorError) as error:
+        raise Refused("model", f"cannot load the model {folder}: {one_line(error)}") from None
     for module in model.modules():
         for name, buffer in module._buffers.items():
             module._buffers[name] = buffer.to(world.device) if buffer is not None else None
@@ -1102,28 +1122,43 @@ def write_tensors(folder: Path, stem: str, tensors: dict[str, tuple[torch.Tensor
     titles = [
         f"{stem}-{at + 1:05}-of-{count:05}.safetensors" if count > 1 else f"{stem}.safetensors" for at in range(count)
     ]
+    problem: OSError | None = None
     for at, (title, names) in enumerate(zip(titles, files, strict=True)):
-        part = folder / f".{title}.part"
-        mine = at % world.size == world.rank
-        file = part.open("wb") if mine else None
-        if file:
-            file.write(header_of({name: (tensors[name][0].shape, tensors[name][1]) for name in names}))
-        for name in names:
-            value, dtype = tensors[name]
-            value = value.detach()
-            whole = value.full_tensor() if hasattr(value, "full_tensor") else value
-            if file:
-                file.write(memoryview(whole.to(dtype).cpu().contiguous().reshape(-1).view(torch.uint8).numpy()))
-        if file:
-            file.flush()
-            os.fsync(file.fileno())
-            file.close()
-            part.replace(folder / title)
-    if count > 1 and world.first:
+        pieces = pieces_of({name: tensors[name] for name in names})
+        try:
+            if at % world.size == world.rank:
+                write_pieces(folder / title, pieces)
+        except OSError as error:
+            problem = error
+        for _ in pieces:  # of the other processes' files, and after an error: to put a tensor together takes all
+            pass
+    if count > 1 and world.first and not problem:
         places = {name: title for title, names in zip(titles, files, strict=True) for name in names}
         index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": places}
-        write_whole(folder / f"{stem}.safetensors.index.json", json.dumps(index, indent=1))
-    world.wait()
+        try:
+            write_whole(folder / f"{stem}.safetensors.index.json", json.dumps(index, indent=1))
+        except OSError as error:
+            problem = error
+    world.agree(problem)
+
+
+def pieces_of(tensors: dict[str, tuple[torch.Tensor, torch.dtype]]) -> Iterator[tuple[torch.Tensor, torch.dtype]]:
+    """What a file of these tensors holds: its header, and each of them whole, with the dtype to write."""
+    header = header_of({name: (value.shape, dtype) for name, (value, dtype) in tensors.items()})
+    yield torch.frombuffer(bytearray(header), dtype=torch.uint8), torch.uint8
+    for value, dtype in tensors.values():
+        value = value.detach()
+        yield (value.full_tensor() if hasattr(value, "full_tensor") else value), dtype
+
+
+def write_pieces(path: Path, pieces: Iterator[tuple[torch.Tensor, torch.dtype]]) -> None:
+    part = path.with_name(f".{path.name}.part")
+    with part.open("wb") as file:
+        for value, dtype in pieces:
+            file.write(memoryview(value.to(dtype).cpu().contiguous().reshape(-1).view(torch.uint8).numpy()))
+        file.flush()
+        os.fsync(file.fileno())
+    part.replace(path)
 
 
 def header_of(tensors: dict[str, tuple[Any, torch.dtype]]) -> bytes:
@@ -1346,6 +1381,9 @@ class Training:
                 entry = sources.setdefault(str(int(self.store.training[place][3])), [0.0, 0.0])
                 entry[0] += loss
                 entry[1] += self.store.counted(self.store.training, [place])
+        if options["dp_noise_multiplier"] and not places:  # a draw may be empty: then the step is noise alone
+            for weight in self.weights:
+                weight.grad_sample = weight.new_zeros((0, *weight.shape))
         norm = self._update()
         (total,) = world.sum(lost)
         loss = total / max(1, tokens)
@@ -1366,8 +1404,8 @@ class Training:
         rows = self.store.rows(self.store.training, some)
         private = bool(self.options["dp_noise_multiplier"])
         run = self.loaded.run
-        if not self.loaded.whole:
-            self.loaded.model.set_requires_gradient_sync(last)
+        if not self.loaded.whole:  # gradients are sharded after each pass: whole ones would be 4 bytes a parameter
+            self.loaded.model.set_requires_all_reduce(last)  # between nodes (hybrid) once a step
         quiet = run.no_sync() if hasattr(run, "no_sync") and not last and not private else contextlib.nullcontext()
         with quiet:
             losses = losses_of(self.loaded, rows, self.options, self.world)
@@ -1386,13 +1424,15 @@ class Training:
         """Clip, correct and step; the gradient's norm before clipping."""
         options = self.options
         for weight, before in zip(self.weights, self.base, strict=True) if options["mu"] else ():
-            weight.grad.add_(weight.detach() - before, alpha=options["mu"])  # of mu / 2 |w - w0|^2 (Li et al. 2020)
+            if weight.grad is not None:  # of mu / 2 |w - w0|^2 (Li et al. 2020)
+                weight.grad.add_(weight.detach() - before, alpha=options["mu"])
         limit = options["clip"] if options["clip"] and not options["dp_noise_multiplier"] else math.inf
         given = [weight for weight in self.weights if weight.grad is not None]
         norm = torch.nn.utils.clip_grad_norm_(given, limit) if given else torch.zeros(())
         norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
         for weight, ours, every in zip(self.weights, self.ours, self.all, strict=True) if self.ours else ():
-            weight.grad.add_(every).sub_(ours)  # g - c_k + c (Karimireddy et al. 2020)
+            if weight.grad is not None:
+                weight.grad.add_(every).sub_(ours)  # g - c_k + c (Karimireddy et al. 2020)
         self.optimizer.step()
         self.optimizer.zero_grad()
         return float(norm)
@@ -1401,6 +1441,13 @@ class Training:
         """SCAFFOLD, option II: c_k <- c_k - c + (w - w_k) / sum of the steps' rates."""
         for weight, before, ours, every in zip(self.weights, self.base, self.ours, self.all, strict=True):
             ours.sub_(every).add_((before - weight.detach()) / max(self.done.rates, 1e-30))
+
+    def sources(self) -> dict[str, list[float]]:
+        """Source -> [sum of losses, tokens], of all processes."""
+        names = [str(at) for at in range(len(self.store.sources))]
+        flat = self.world.sum(*(value for name in names for value in self.done.sources.get(name, (0.0, 0.0))))
+        pairs = zip(names, flat[::2], flat[1::2], strict=True)
+        return {name: [sum_, count] for name, sum_, count in pairs if count}
 
     def run(self, saved: "Kept | None") -> None:
         """Up to ask.steps steps, fewer after a signal or when the next one would not leave ask.spare seconds before the
@@ -1419,7 +1466,8 @@ class Training:
                 reason = what_stops() if asked_at is not None or not signals else "a signal to another process"
                 world.say(f"{reason} ends the training after {done.steps} of {ask.steps} steps")
                 if saved is not None and done.steps and "SIGTERM" in reason_of(world, reason):
-                    saved.checkpoint(self)
+                    if not saved.checkpoint(self):
+                        raise Refused("time", f"SIGTERM ended the job, and its {done.steps} steps could not be kept")
                     raise Refused("time", f"SIGTERM ended the job: {done.steps} steps are in its checkpoint")
                 break
             if dues and saved is not None and done.steps:
@@ -1463,17 +1511,23 @@ class Kept:
         self.world, self.checkpoints, self.state = world, folder_of("FLCTL_CHECKPOINT"), folder_of("FLCTL_STATE")
         self.number, self.attempt = int(order.get("number", 1)), int(order.get("attempt", 1))
         self.continues = order.get("continues")
+        self.saved = 0  # steps in the newest checkpoint
 
-    def checkpoint(self, training: Training) -> None:
+    def checkpoint(self, training: Training) -> bool:
+        """Whether it was written: a full disk is no reason to lose the run itself."""
         if self.checkpoints is None:
-            return
+            return False
         steps = training.done.steps
-        self._write(self.checkpoints / f"step-{steps:08}", training, weights=True)
+        if steps == self.saved:
+            return True
+        if not self._write(self.checkpoints / f"step-{steps:08}", training, weights=True):
+            return False
+        self.saved = steps
         if self.world.first:
-            write_whole(self.checkpoints / "progress", str(steps))
             for other in sorted(self.checkpoints.glob("step-*"))[:-1]:
                 shutil.rmtree(other, ignore_errors=True)
         self.world.say(f"checkpoint after {steps} steps")
+        return True
 
     def resume(self, training: Training) -> None:
         """Go on from what an earlier attempt at this run left."""
@@ -1483,6 +1537,8 @@ class Kept:
             return
         card, tensors = self._read(Path(folder))
         training.done = Done(**card["done"])
+        if not self.world.first:
+            training.done.sources = {}  # the first one has the sums of all
         if card["data"] == training.store.digest:
             training.cursor = Cursor(training.cursor.rows, **card["cursor"])
         with torch.no_grad():
@@ -1491,6 +1547,7 @@ class Kept:
         self._moments(training, card, tensors)
         for kind, values in (("ours", training.ours), ("all", training.all)):
             self._fill(kind, values, training, tensors)
+        self.saved = training.done.steps
         self.world.say(f"goes on after {training.done.steps} steps of an earlier attempt")
 
     def inherit(self, training: Training) -> None:
@@ -1527,41 +1584,58 @@ class Kept:
             return
         self._write(self.state / f"run-{self.number:04}-{self.attempt}", training, weights=False)
         least = self.number if self.continues is None else int(self.continues)
-        for other in self.state.glob("run-*") if self.world.first else ():
-            if int(other.name[4:8]) < least:
+        for other in self.state.glob("*run-*") if self.world.first else ():  # .run-*.part: killed while it wrote
+            if int(other.name.lstrip(".")[4:8]) < least:
                 shutil.rmtree(other, ignore_errors=True)
 
-    def _write(self, folder: Path, training: Training, *, weights: bool) -> None:
+    def _write(self, folder: Path, training: Training, *, weights: bool) -> bool:
+        """Whether it could be written; the log says why not."""
         part = folder.with_name(f".{folder.name}.part")
-        if self.world.first:
-            shutil.rmtree(part, ignore_errors=True)
-            part.mkdir(parents=True)
-        self.world.wait()
-        kinds = {"weights": training.weights} if weights else {"base": training.base if training.ours else []}
-        kinds |= {"ours": training.ours, "all": training.all}
+        try:
+            self._by_first(lambda: fresh(part))
+            tensors = self._tensors(training, weights=weights)
+            if tensors:
+                write_tensors(part, "state", tensors, self.world)
+            card = json.dumps(self._card(training))
+            self._by_first(lambda: into_place(part, folder, card, training.done.steps if weights else None))
+        except OSError as error:
+            self.world.say(f"cannot write {folder}, and goes on without: {one_line(error)}")
+            if self.world.first:
+                shutil.rmtree(part, ignore_errors=True)
+            return False
+        return True
+
+    def _by_first(self, action: Callable[[], None]) -> None:
+        problem: OSError | None = None
+        try:
+            if self.world.first:
+                action()
+        except OSError as error:
+            problem = error
+        self.world.agree(problem)
+
+    def _tensors(self, training: Training, *, weights: bool) -> dict[str, tuple[torch.Tensor, torch.dtype]]:
+        kinds: dict[str, list[Any]] = {"ours": training.ours, "all": training.all}
+        kinds |= {"weights": training.weights} if weights else {"base": training.base if training.ours else []}
         state = training.optimizer.state
-        for kind in ("exp_avg", "exp_avg_sq"):
-            kinds[kind] = [state[weight][kind] for weight in training.weights if kind in state.get(weight, {})]
-        tensors = {
+        for kind in ("exp_avg", "exp_avg_sq"):  # a weight that the loss does not reach has none
+            kinds[kind] = [state.get(weight, {}).get(kind) for weight in training.weights]
+        return {
             f"{kind}/{name}": (value, torch.float32)
             for kind, values in kinds.items()
             for name, value in (zip(training.trained, values, strict=True) if values else ())
+            if value is not None
         }
-        if tensors:
-            write_tensors(part, "state", tensors, self.world)
-        if self.world.first:
-            first = state.get(training.weights[0], {})
-            card = {
-                "done": training.done.__dict__,
-                "cursor": training.cursor.card(),
-                "data": training.store.digest,
-                "version": training.ask.version,
-                "moments": int(first.get("step", 0)) if kinds["exp_avg"] else 0,
-            }
-            write_whole(part / "card.json", json.dumps(card))
-            shutil.rmtree(folder, ignore_errors=True)
-            part.rename(folder)
-        self.world.wait()
+
+    def _card(self, training: Training) -> dict[str, Any]:
+        steps = [int(entry["step"]) for entry in training.optimizer.state.values() if "step" in entry]
+        return {
+            "done": training.done.__dict__ | {"sources": training.sources()},
+            "cursor": training.cursor.card(),
+            "data": training.store.digest,
+            "version": training.ask.version,
+            "moments": max(steps, default=0),
+        }
 
     def _read(self, folder: Path) -> tuple[dict[str, Any], Tensors]:
         try:
@@ -1585,6 +1659,20 @@ class Kept:
     def _fill(self, kind: str, values: list[torch.Tensor], training: Training, tensors: Tensors) -> None:
         for (name, weight), value in zip(training.trained.items(), values, strict=True) if values else ():
             value.copy_(tensors.like(f"{kind}/{name}", weight))
+
+
+def fresh(folder: Path) -> None:
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+
+
+def into_place(part: Path, folder: Path, card: str, steps: int | None) -> None:
+    """Give what was written its name, and of a checkpoint say how far it got."""
+    write_whole(part / "card.json", card)
+    shutil.rmtree(folder, ignore_errors=True)
+    part.rename(folder)
+    if steps is not None:
+        write_whole(folder.parent / "progress", str(steps))
 
 
 def spent_privacy(training: Training, kept: Kept) -> float:
@@ -1673,10 +1761,8 @@ def of_sources(training: Training) -> dict[str, Any]:
     """Mean training loss of each file, by its number in the log: names stay at the site."""
     names = training.store.sources[:64]
     training.world.say("sources: " + ", ".join(f"{at} is {name}" for at, name in enumerate(names)))
-    sums = [training.done.sources.get(str(at), [0.0, 0.0]) for at in range(len(names))]
-    flat = training.world.sum(*(value for pair in sums for value in pair)) if sums else []
-    pairs = zip(flat[::2], flat[1::2], strict=True)
-    return {str(at): {"loss": sum_ / count, "tokens": int(count)} for at, (sum_, count) in enumerate(pairs) if count}
+    found = list(training.sources().items())
+    return {name: {"loss": sum_ / count, "tokens": int(count)} for name, (sum_, count) in found if int(name) < 64}
 
 
 def speed(training: Training) -> dict[str, Any]:
@@ -1726,6 +1812,8 @@ def evaluate_subjects(order: dict[str, Any], options: Options, world: World) -> 
         if not found[name]:
             raise Refused("time", f"{what_stops()} came before {name} was evaluated")
         world.say(f"{name} perplexity {found[name]['perplexity']:.3f}")
+        del loaded  # one at a time: before the next is there
+        gc.collect()
     return {"evaluation": found}
 
 
@@ -1762,7 +1850,7 @@ def work(world: World) -> None:
     if options["threads"]:
         torch.set_num_threads(options["threads"])
     elif world.local_size > 1 and "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // world.local_size))
+        torch.set_num_threads(max(1, min(len(os.sched_getaffinity(0)), (os.cpu_count() or 1) // world.local_size)))
     task = {"train": train, "evaluate": evaluate_subjects}.get(order.get("work", "train"))
     if task is None:
         raise Refused("options", f"the order asks for {order['work']!r}, which this trainer does not know")
@@ -1786,8 +1874,9 @@ def main() -> int:
         work(world)
         world.wait()
         world.leave()
-    except Refused as reason:
-        print(f"train.py: error [{reason.kind}]: {reason}", file=sys.stderr, flush=True)
+    except (Refused, OSError) as reason:  # OSError: a full disk and the like
+        kind = f" [{reason.kind}]" if isinstance(reason, Refused) else ""
+        print(f"train.py: error{kind}: {one_line(reason)}", file=sys.stderr, flush=True)
         if world.mpi is not None:
             world.mpi.COMM_WORLD.Abort(1)
         return 1
