@@ -1,9 +1,11 @@
 """The reference trainer's forms of data, adapters, and local objectives."""
 
+import contextlib
 import importlib.util
 import json
 import math
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -14,6 +16,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 import torch
+import torch.distributed as dist
 import transformers
 
 from flctl.campaign.corpora import write_corpus
@@ -188,23 +191,50 @@ def test_four_bits_without_a_gpu_are_refused(model, data, tmp_path):
 
 def test_gradients_are_sharded_after_each_pass(trainer, model, data, tmp_path, monkeypatch):
     """Between the passes of a step no process holds the gradient of the whole model."""
-    import torch.distributed as dist
-
-    world = trainer.World(store=None)
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    try:
-        options = trainer.read_options({"batch": 4, "micro_batch": 2, "sequence_length": 32})
-        monkeypatch.setenv("FLCTL_DATA", str(data))
-        monkeypatch.delenv("FLCTL_STATE", raising=False)
-        store = trainer.read_data(str(model), options, world)
-        loaded = trainer.Loaded(trainer.load_shards(str(model), "", options, world), {}, whole=False)
+    options = trainer.read_options({"batch": 4, "micro_batch": 2, "sequence_length": 32})
+    monkeypatch.setenv("FLCTL_DATA", str(data))
+    world = trainer.World()
+    store = trainer.read_data(str(model), options, world)
+    with process_group():
+        loaded = trainer.Loaded(trainer.load_shards(str(model), "", options, world)[0], {}, whole=False)
         loaded.run = loaded.model
         ask = trainer.Ask(steps=1, behind=0, total=1, version=0, deadline=math.inf, spare=0.0, seed=1)
         training = trainer.Training(loaded, store, options, ask, world)
         training._backward([0, 1], 128, 4, last=False)
         assert all(hasattr(weight.grad, "placements") for weight in training.weights)
+
+
+@contextlib.contextmanager
+def process_group() -> Iterator[None]:
+    """Of this process alone."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        yield
     finally:
         dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("kind", ["LlamaConfig", "GPTNeoXConfig", "GPT2Config", "GemmaConfig"])
+def test_a_sharded_model_computes_and_is_written_as_transformers_does(kind, trainer, tmp_path):
+    """Buffers that no file holds (rotary's), tied weights, and a name that transformers changes when it loads."""
+    sizes = {"vocab_size": 40, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    sizes |= {"num_key_value_heads": 2, "head_dim": 8} if kind == "GemmaConfig" else {}
+    config = getattr(transformers, kind)(**sizes, bos_token_id=1, eos_token_id=2, max_position_embeddings=32)
+    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "base")
+    base = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base").eval()
+    ids = torch.arange(24)[None]
+    world = trainer.World()
+    with process_group(), torch.no_grad():
+        model, names = trainer.load_shards(str(tmp_path / "base"), "", trainer.read_options({}), world)
+        stored = trainer.stored_dtypes(tmp_path / "base")
+        expected = base(input_ids=ids).logits
+        assert torch.equal(model.eval()(input_ids=ids).logits, expected)
+        (tmp_path / "out").mkdir()
+        trainer.save(trainer.Loaded(model, stored, False, names=names), tmp_path / "out", world)
+    assert trainer.stored_dtypes(tmp_path / "out") == stored
+    with torch.no_grad():
+        again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
+        assert torch.equal(again(input_ids=ids).logits, expected)
 
 
 def test_an_evaluation_holds_one_model_at_a_time(trainer, model, data, tmp_path, monkeypatch):

@@ -28,7 +28,7 @@ import socket
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
@@ -771,13 +771,15 @@ class Cursor:
 @dataclass
 class Loaded:
     """A model ready to run. `stored`: the tensors its folder holds, by their names there, with their dtypes; `whole`:
-    this process holds all of it; `run`: what is called to compute with it."""
+    this process holds all of it; `run`: what is called to compute with it; `names`: stored name -> the model's own,
+    where they differ."""
 
     model: Any
     stored: dict[str, torch.dtype | None]
     whole: bool
     run: Any = None
     adapter: bool = False
+    names: dict[str, str] = field(default_factory=dict)
 
     def weights(self) -> dict[str, torch.nn.Parameter]:
         """All parameters by name, each name of a tied one; of a sharded model the shards."""
@@ -807,7 +809,8 @@ def load(folder: str, options: Options, world: World) -> Loaded:
         raise Refused("model", f"the model {folder} has no safetensors weights")
     shards = sharding(options, world)
     if shards:
-        loaded = Loaded(load_shards(frozen or folder, folder if frozen else "", options, world), stored, False)
+        model, names = load_shards(frozen or folder, folder if frozen else "", options, world)
+        loaded = Loaded(model, stored, False, names=names)
     else:
         model = load_whole(frozen or folder, options, world.device, frozen=bool(frozen))
         loaded = Loaded(adapted(model, folder) if frozen else model, stored, True)
@@ -903,9 +906,9 @@ def without_weights() -> Iterator[None]:
         torch.nn.Module.register_parameter = register  # type: ignore[method-assign]
 
 
-def load_shards(folder: str, adapter: str, options: Options, world: World) -> Any:
-    """The model sharded over the processes (FSDP2), each layer a unit: of every tensor each process reads its own rows
-    from the safetensors files and nothing else."""
+def load_shards(folder: str, adapter: str, options: Options, world: World) -> tuple[Any, dict[str, str]]:
+    """The model sharded over the processes (FSDP2), each layer a unit, and how the folder's names differ from the
+    model's: of every tensor each process reads its own rows from the safetensors files and nothing else."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
@@ -914,6 +917,7 @@ def load_shards(folder: str, adapter: str, options: Options, world: World) -> An
         with without_weights(), torch.device("cpu"):
             model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
             model.tie_weights()
+            names = renamed(model, stored_dtypes(folder))
             if adapter:
                 peft = peft_library()
                 settings = peft.PeftConfig.from_pretrained(adapter)
@@ -936,29 +940,49 @@ def load_shards(folder: str, adapter: str, options: Options, world: World) -> An
             fully_shard(module, mesh=mesh, mp_policy=policy)
     fully_shard(model, mesh=mesh, mp_policy=policy)
     try:
-        fill_shards(model, Tensors(folder), Tensors(adapter) if adapter else None)
+        fill_shards(model, Tensors(folder, names), Tensors(adapter) if adapter else None)
     except (OSError, SafetensorError) as error:
         raise Refused("model", f"cannot load the model {folder}: {one_line(error)}") from None
     for module in model.modules():
         for name, buffer in module._buffers.items():
             module._buffers[name] = buffer.to(world.device) if buffer is not None else None
-    return model
+    return model, names
+
+
+def renamed(model: Any, stored: Iterable[str]) -> dict[str, str]:
+    """Stored name -> the model's own, of tensors that transformers renames when it loads (`embed_out` of GPT-NeoX is
+    its lm_head)."""
+    weights = dict(model.named_parameters(remove_duplicate=False))
+    odd = [name for name in stored if name not in weights]
+    if not odd:
+        return {}
+    try:
+        from transformers.conversion_mapping import get_model_conversion_mapping
+        from transformers.core_model_loading import WeightRenaming, rename_source_key
+    except ImportError:  # an older 5.x, which renames nothing
+        return {}
+    renamings = [each for each in get_model_conversion_mapping(model) if isinstance(each, WeightRenaming)]
+    names = {name: rename_source_key(name, renamings, [], model.base_model_prefix, weights)[0] for name in odd}
+    return {name: own for name, own in names.items() if own in weights}
 
 
 class Tensors:
-    """The tensors of a folder's safetensors files, read where they are asked for."""
+    """The tensors of a folder's safetensors files, read where they are asked for. `names`: stored name -> that by which
+    one is asked for, where they differ."""
 
-    def __init__(self, folder: str | Path) -> None:
+    def __init__(self, folder: str | Path, names: dict[str, str] | None = None) -> None:
         self.folder, self.files = str(folder), {}
+        self.stored = {own: name for name, own in (names or {}).items()}
         for path in sorted(Path(folder).glob("*.safetensors")):
             file = safe_open(path, framework="pt")
             self.files.update(dict.fromkeys(file.keys(), file))
 
     def __contains__(self, name: str) -> bool:
-        return name in self.files
+        return self.stored.get(name, name) in self.files
 
     def like(self, name: str, weight: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """The tensor, placed over the processes as `weight` is: of a sharded one, only this process's rows are read."""
+        name = self.stored.get(name, name)
         piece = self.files[name].get_slice(name)
         if list(piece.get_shape()) != list(weight.shape):
             raise Refused(
@@ -994,7 +1018,8 @@ def fill_shards(model: Any, base: Tensors, adapter: Tensors | None) -> None:
         if stored not in source:
             stored = next((other for other in tied_names(model, name, adapter) if other in source), "")
         if not stored:
-            raise Refused("model", f"the model {source.folder} is not whole: {name} is missing")
+            words = 'or transformers puts it together when it loads, which goes with train.sharding = "none"'
+            raise Refused("model", f"the model {source.folder} is not whole: {name} is missing; {words}")
         filled[name] = torch.nn.Parameter(source.like(stored, weight), requires_grad=weight.requires_grad)
     groups: dict[int, list[str]] = {}
     for name, weight in model.named_parameters(remove_duplicate=False):
@@ -1087,10 +1112,10 @@ def save_shards(loaded: Loaded, out: Path, world: World) -> None:
         named = {name.replace(".default", ""): weight for name, weight in weights.items() if ".lora_" in name}
         odd = sorted(named.keys() ^ stored.keys())
     else:
-        named = weights
-        held = {id(named[name]) for name in stored if name in named}
-        odd = sorted(set(stored) - set(named)) + sorted(
-            name for name, weight in named.items() if id(weight) not in held
+        named = {name: weights[own] for name in stored if (own := loaded.names.get(name, name)) in weights}
+        held = {id(weight) for weight in named.values()}
+        odd = sorted(stored.keys() - named.keys()) + sorted(
+            name for name, weight in weights.items() if id(weight) not in held
         )
     if odd:
         raise odd_tensor(odd[0])
