@@ -140,10 +140,10 @@ def test_a_tokenizer_with_more_tokens_than_the_model_is_refused(model, data, tmp
 # Adapters
 
 
-def write_adapter(base: Path, folder: Path) -> None:
+def write_adapter(base: Path, folder: Path, **more: Any) -> None:
     torch.manual_seed(3)
     model = transformers.AutoModelForCausalLM.from_pretrained(base)
-    settings = peft.LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
+    settings = peft.LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM", **more)
     peft.get_peft_model(model, settings).save_pretrained(folder)
 
 
@@ -164,6 +164,19 @@ def test_an_adapter_is_trained_alone_and_the_same_by_one_and_two_processes(model
     opened = peft.PeftModel.from_pretrained(transformers.AutoModelForCausalLM.from_pretrained(model), two.out)
     changed = [name for name, weight in opened.named_parameters() if "lora_B" in name and float(weight.abs().max())]
     assert len(changed) == sum("lora_B" in name for name, _ in opened.named_parameters())
+
+
+def test_an_adapter_with_a_module_of_its_own_is_trained_too(data, tmp_path):
+    base, adapter = tmp_path / "base", tmp_path / "adapter"
+    write_tiny_model(base, seed=1, tied=False)
+    write_adapter(base, adapter, modules_to_save=["lm_head"])
+    runs = []
+    for name, launch in (("one", ()), ("two", (*MPIEXEC, "2"))):
+        runs.append(Site(tmp_path / name, data).run(adapter, launch, {"lr": 0.05}, frozen=base, steps=3))
+        assert runs[-1].status == 0, runs[-1].error
+    assert runs[0].metrics["train_loss"] == pytest.approx(runs[1].metrics["train_loss"], rel=EXACT)
+    assert apart(runs[0].out, runs[1].out) < 1e-4
+    assert apart(runs[0].out, adapter) > 1e-2
 
 
 def test_a_run_of_an_adapter_goes_on_from_its_checkpoint(model, data, tmp_path):

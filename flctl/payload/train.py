@@ -1032,17 +1032,20 @@ def fill_shards(model: Any, base: Tensors, adapter: Tensors | None) -> None:
 
 
 def source_of(name: str, base: Tensors, adapter: Tensors) -> tuple[Tensors, str]:
-    """Where a parameter of a peft model is kept: an adapter's without the name of the adapter, the base's without what
-    peft puts around it."""
-    if ".lora_" in name:
-        return adapter, name.replace(".default", "")
-    return base, name.removeprefix("base_model.model.").replace(".base_layer", "")
+    """Where a parameter of a peft model is kept: an adapter's (factors, modules_to_save, biases) without its own
+    name, the base's without what peft puts around it."""
+    own = name.replace(".modules_to_save.default", "").replace(".default", "")
+    return (adapter, own) if own in adapter or ".lora_" in name else (base, of_base(name))
+
+
+def of_base(name: str) -> str:
+    return name.removeprefix("base_model.model.").replace(".base_layer", "").replace(".original_module", "")
 
 
 def tied_names(model: Any, name: str, adapter: Tensors | None) -> list[str]:
     weights = dict(model.named_parameters(remove_duplicate=False))
     names = [other for other, weight in weights.items() if weight is weights[name] and other != name]
-    return [other.removeprefix("base_model.model.").replace(".base_layer", "") for other in names] if adapter else names
+    return [of_base(other) for other in names] if adapter else names
 
 
 def stored_dtypes(folder: str | Path) -> dict[str, torch.dtype | None]:
@@ -1109,7 +1112,7 @@ def save_shards(loaded: Loaded, out: Path, world: World) -> None:
     """Tensor by tensor: no process holds more than one of them whole."""
     stored, weights = loaded.stored, loaded.weights()
     if loaded.adapter:
-        named = {name.replace(".default", ""): weight for name, weight in weights.items() if ".lora_" in name}
+        named = peft_library().get_peft_model_state_dict(loaded.model, weights, save_embedding_layers=False)
         odd = sorted(named.keys() ^ stored.keys())
     else:
         named = {name: weights[own] for name in stored if (own := loaded.names.get(name, name)) in weights}
