@@ -88,6 +88,25 @@ def test_unreadable_records_are_refused_without_quoting_them(trainer, model, tmp
     parts.save_to_disk(tmp_path / "c")
     with pytest.raises(trainer.Refused, match="none is called `train`"):
         list(trainer.read_documents(tmp_path / "c", options))
+    (tmp_path / "d").mkdir()
+    for name in ("dataset_info.json", "state.json"):
+        (tmp_path / "d" / name).write_text("{}")
+    (tmp_path / "e.jsonl").write_text("[" * 200_000)
+    for name in ("d", "e.jsonl"):
+        with pytest.raises(trainer.Refused, match=r"unreadable data: .* cannot be read"):
+            list(trainer.read_documents(tmp_path / name, options))
+
+
+def test_instructions_longer_than_a_sequence_are_left_out_which_is_said(trainer, model, tmp_path, monkeypatch, capsys):
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, RECORDS)))
+    monkeypatch.setenv("FLCTL_DATA", str(tmp_path / "a.jsonl"))
+    options = trainer.read_options({"format": "alpaca", "sequence_length": 16})
+    with pytest.raises(trainer.Refused, match=r"within 16 tokens; raise train\.sequence_length"):
+        trainer.read_data(str(model), options, trainer.World())
+    long = RECORDS[0] | {"instruction": "lungo " * 1000, "output": "mai"}
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, [*RECORDS, long])))
+    trainer.read_data(str(model), options | {"sequence_length": 400, "validation": 0.0}, trainer.World())
+    assert "1 records are left out" in capsys.readouterr().out
 
 
 def test_instructions_have_the_prompts_of_alpaca_and_the_loss_on_the_answer_only(trainer, model, tmp_path):

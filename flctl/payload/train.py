@@ -454,7 +454,8 @@ def read_documents(path: Path, options: Options) -> Iterator[Sample]:
         raise Refused("data", f"unreadable data: {path} is not UTF-8 (byte {error.start})") from None
     except OSError as error:
         raise Refused("data", f"unreadable data: {path}: {error.strerror or type(error).__name__}") from None
-    except ValueError as error:  # pyarrow's and datasets' own; their words could quote the data
+    except (ValueError, LookupError, TypeError, RuntimeError) as error:  # json's, pyarrow's and datasets' own, whose
+        # words could quote the data
         raise Refused("data", f"unreadable data: {path} cannot be read ({type(error).__name__})") from None
 
 
@@ -628,6 +629,12 @@ def build_store(folder: Path, digest: str, files: list[Path], tokenizer: Any, op
         if counts is None:  # a small corpus gives more, until its validation has a sequence
             split = Validation(math.nextafter(least_bound(split, tokenizer, options), 1.0), most, least)
             counts = fill_store(part, split, files, tokenizer, options)
+        if (counts is None or not counts["training"]) and options["format"] == "alpaca":
+            raise Refused(
+                "data",
+                "too few records: no two, one for training and one for validation, begin their answer within "
+                f"{options['sequence_length']} tokens; raise train.sequence_length or give more",
+            )
         if counts is None or not counts["training"]:
             raise Refused(
                 "data",
@@ -716,6 +723,9 @@ def read_data(model: str, options: Options, world: World) -> Store:
             for other in kept.glob("data-*"):
                 shutil.rmtree(other, ignore_errors=True)
             build_store(target, digest, files, tokenizer, options)
+        skipped = json.loads((target / "card.json").read_text())["skipped"]
+        if skipped:
+            world.say(f"{skipped} records are left out: their instruction alone is as long as a sequence")
         folder = str(target)
     if world.store is not None:  # the first one may take long
         if world.first:
