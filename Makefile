@@ -30,7 +30,7 @@ testbed-packages:
 
 # Three at a time, because most of them wait: see tests/conftest.py for what keeps out of each other's way.
 test: setup-test testbed-packages
-	$(BIN)/python -m pytest -n 3 --dist loadgroup --no-loadscope-reorder
+	$(BIN)/python -m pytest -n 3 --no-loadscope-reorder
 
 lint: setup-test
 	$(BIN)/ruff check flctl tests bench examples

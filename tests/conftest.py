@@ -1,41 +1,36 @@
 """What tests share."""
 
-from collections.abc import Iterator, Sequence
-from types import ModuleType
+import re
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tests.testbed import Testbed
-from tests.testbed.sshd import Sshd
+
+SSHDS = r"\bSshd\b|tests\.(doors|ssh_sites|ssh_campaigns)\b|\b(black_holes|hostile_sender|submit_cuts)\b"
 
 
-@pytest.hookimpl(tryfirst=True)  # xdist reads the marks in the same hook
-def pytest_collection_modifyitems(items: Sequence[pytest.Item]) -> None:
+def group(path: str) -> str:
     """What runs side by side in `make test`: the tests of the testbed one after another, those with sshds of their own
-    one after another (they share accounts), the others a module at a time."""
-    fixtures: dict[str, set[str]] = {}
-    for item in items:
-        fixtures.setdefault(item.module.__name__, set()).update(item.fixturenames)
-    for item in items:
-        item.add_marker(pytest.mark.xdist_group(_group(item.module, fixtures[item.module.__name__])))
-
-
-def _group(module: Any, fixtures: set[str]) -> str:
-    if "testbed" in fixtures or "Testbed" in vars(module):
+    one after another (they share accounts), the others a file at a time."""
+    text = Path(path).read_text(encoding="utf-8")
+    if re.search(r"\bTestbed\b", text):
         return "testbed"
-    shares = any(_sshd_of(value) for value in vars(module).values())
-    return "sshd" if shares else module.__name__
+    return "sshd" if re.search(SSHDS, text) else path
 
 
-def _sshd_of(value: Any) -> bool:
-    """Whether a name of a module stands for the sshd, for what starts one, or for a module that does."""
-    if isinstance(value, ModuleType):
-        return value.__name__.startswith("tests.chaos.") and "Sshd" in vars(value)
-    return value is Sshd or getattr(value, "__module__", "") in _SSHDS
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """pytest-xdist's own groups (3.8) are lost on pytest 9.2."""
+    from xdist.scheduler import LoadScopeScheduling
 
+    class InTurn(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return group(str(config.rootpath / nodeid.partition("::")[0]))
 
-_SSHDS = {"tests.doors", "tests.ssh_sites", "tests.ssh_campaigns", "tests.chaos.hostile_sender"}
+    return InTurn(config, log)
 
 
 @pytest.fixture(scope="session")

@@ -102,14 +102,11 @@ def test_two_rounds_of_the_trainer_of_transformers(tmp_path: Path) -> None:
     make_model(tmp_path / "start")
     options = "lr = 1e-3\nbatch = 4\nlength = 64"
     camp = OwnCampaign(tmp_path, EXAMPLES / "hf_trainer.py", tmp_path / "start", options=options, sites=("pisa",))
-    assert camp.flctl("round", timeout=600).returncode == 0
-    camp.set("cross = false", "cross = true")
-    ran = camp.flctl("round", timeout=600)
+    ran = camp.flctl("round", "--rounds", "2", timeout=600)
     assert ran.returncode == 0, ran.stderr
-    first, second, evaluated = (camp.metrics("pisa", number) for number in (1, 2, 3))
+    first, second = (camp.metrics("pisa", number) for number in (1, 2))
     assert first["trained"]["loss"] < first["base"]["loss"]
     assert second["trained"]["loss"] < second["base"]["loss"] == pytest.approx(first["trained"]["loss"])
-    assert evaluated["0002"]["loss"] == pytest.approx(second["trained"]["loss"])  # one site: its model is the next
 
 
 @pytest.mark.parametrize("warning", ["signal", "file"])

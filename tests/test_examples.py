@@ -65,7 +65,7 @@ def test_a_command_that_fails_is_told_with_its_words(tmp_path: Path) -> None:
         LocalCampaign(tmp_path).flctl("round")
 
 
-@pytest.mark.parametrize("name", ["flas", "doe"])
+@pytest.mark.parametrize("name", ["appfl", "flas", "doe"])
 def test_every_readme_has_a_table_that_its_run_wrote(name: str) -> None:
     text = (EXAMPLES / name / "README.md").read_text()
     (table,) = re.findall(r"<!-- written by the run -->(.*?)<!-- end -->", text, re.DOTALL)

@@ -34,7 +34,7 @@ class Ranks(Federation):
         account, home = bed.facilities["karolina"].account, bed.facilities["karolina"].home
         self.torchrun = account.file(home / "torchrun", TORCHRUN)
         self.torchrun.chmod(0o700)
-        self.lay("karolina", environment={"trainer": str(account.file(home / "rank.py", RANK.read_text()))})
+        self.lay("karolina", train={"command": str(account.file(home / "rank.py", RANK.read_text()))})
         self.number = 0
 
     def start(self, launch: str, **train: Any) -> Any:
@@ -106,3 +106,31 @@ def test_a_rank_that_fails_ends_the_others_and_its_words_are_the_reason(ranks: R
     assert done["ended_at"] - done["started_at"] < 40, "the other rank would wait for a minute"
     assert process.returncode == 6 and "micro_batch" in text
     assert ranks.flctl("cancel").returncode == 0
+
+
+@pytest.mark.parametrize("name", ["srun", "mpiexec"])
+def test_train_py_as_two_ranks_shards_the_model_and_ends_with_the_warning(
+    testbed: Testbed, cluster: Slurm, name: str
+) -> None:
+    """The real trainer on real text: both ranks save one model after the same step; the next round begins with it."""
+    federation = Federation(testbed, f"train-{name}", real=True)
+    shape = {"prod": {"ranks": 2, "cpus": 4, "walltime": "00:05:00"}}
+    federation.lay("karolina", shapes=shape, environment={"launch": LAUNCHERS[name]})
+    options = "lr = 0.005\nbatch = 4\nsequence_length = 64\nlog_every = 1"
+    federation.set("steps = 4\nlr = 5e-05\nbatch = 8\nsequence_length = 1024", f"steps = 100000\n{options}")
+    process = federation.popen("round", "--sites", "karolina", "--rounds", "1")
+    folder = federation.remote("karolina") / "runs" / "0001-1"
+    federation.wait(lambda: (folder / "log").exists() and '{"step": 3,' in (folder / "log").read_text(), what="steps")
+    cluster.command("scancel", "--batch", "--signal=USR1", json.loads((folder / "owner").read_text())["job_id"])
+    text, _ = process.communicate(timeout=120)
+    assert process.returncode == 0, text + (folder / "log").read_text()
+    metrics = json.loads((folder / "done.json").read_text())["metrics"]
+    assert metrics["processes"] == 2
+    assert 3 <= metrics["steps"] < 100000
+    assert "ends the training after" in (folder / "log").read_text()
+    assert metrics["evaluation"]["trained"]["loss"] < metrics["evaluation"]["base"]["loss"]
+    federation.set("steps = 100000", "steps = 2")
+    second = federation.json("round", "--sites", "karolina", "--rounds", "1")
+    assert second["data"]["model"]["version"] == 2
+    log = (folder.with_name("0002-1") / "log").read_text()
+    assert "goes on with the state that run 1 left here" in log

@@ -223,6 +223,21 @@ def test_the_deadline_is_kept(first, model, data, tmp_path):
     assert "trained" in ended.metrics["evaluation"]
 
 
+def test_the_energy_of_all_steps_is_told_where_slurm_counts_it(trainer, tmp_path, monkeypatch):
+    """No plugin here measures any: a stand-in prints what sstat does."""
+    program = tmp_path / "sstat"
+    program.write_text('#!/bin/sh\n[ "$5" = --jobs=77 ] && printf "1200\\n34\\n\\n"\n')
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    assert trainer.energy() == {}
+    monkeypatch.setenv("SLURM_JOB_ID", "77")
+    assert trainer.energy() == {"energy": 1234}
+    program.write_text("#!/bin/sh\nprintf '0\\n'\n")
+    assert trainer.energy() == {}
+    program.write_text("#!/bin/sh\nexit 1\n")
+    assert trainer.energy() == {}
+
+
 def test_a_deadline_already_past_is_a_failure_in_one_line(model, data, tmp_path):
     ended = run(tmp_path, model, data, deadline=int(time.time()) - 1)
     assert_refused(ended, "the deadline came before the first step")

@@ -440,13 +440,22 @@ def test_dp_sgd_reports_the_epsilon_of_all_its_runs(model, data, tmp_path):
     for number in (1, 2):
         ended = site.run(model, (), train, steps=4, number=number)
         assert ended.status == 0, ended.error
-        told.append(ended.metrics["epsilon"])
+        told.append(ended.metrics["privacy"]["epsilon"])
     rows = int(ended.log.split(" sequences to train on")[0].split()[-1])
     for runs, epsilon in enumerate(told, start=1):
         accountant = RDPAccountant()
         accountant.history = [(1.1, 8 / rows, 4 * runs)]
         assert epsilon == pytest.approx(accountant.get_epsilon(delta=1e-5), rel=1e-6)
     assert told[1] > told[0] > 0
+    # The limit lets the next run make as many steps as are left, and the one after it none.
+    limit = accountant.get_epsilon(delta=1e-5) * 1.01
+    short = site.run(model, (), train | {"dp_epsilon": limit}, steps=400, number=3)
+    assert short.status == 0, short.error
+    assert 0 < short.metrics["steps"] < 400
+    assert told[1] < short.metrics["privacy"]["epsilon"] <= limit
+    none = site.run(model, (), train | {"dp_epsilon": limit}, steps=400, number=4)
+    assert none.status == 1
+    assert "train.py: error [options]: the data's privacy is spent" in none.error
 
 
 def test_dp_sgd_of_several_processes_is_refused(model, data, tmp_path):

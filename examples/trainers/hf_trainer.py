@@ -4,53 +4,37 @@ import json
 import math
 import os
 import signal
-import time
 from pathlib import Path
 
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainerCallback, TrainingArguments
 
-env, out, stops = os.environ, Path(os.environ["FLCTL_OUT"]), []
-order = json.loads(Path(env["FLCTL_ORDER"]).read_text())
-options = {"lr": 5e-5, "batch": 8, "length": 128} | order["train"]  # [train] of flctl.toml and of the site's profile
-signal.signal(signal.SIGUSR1, lambda number, frame: stops.append(number))  # the walltime is nearly over
-asked, stop = int(env["FLCTL_STEPS"]), Path(env.get("FLCTL_STOP") or out / ".stop")
+env, order, warned = os.environ, json.loads(Path(os.environ["FLCTL_ORDER"]).read_text()), []
+assert order["work"] == "train"  # numpy_trainer.py also evaluates
+options = {"lr": 5e-5, "batch": 8, "length": 128} | order["train"]
+signal.signal(signal.SIGUSR1, lambda *_: warned.append(True))  # the walltime is nearly over
 
 
 class StopInTime(TrainerCallback):
     def on_step_end(self, args, state, control, **more):
-        control.should_training_stop |= bool(stops) or stop.exists() or time.time() > float(env["FLCTL_DEADLINE"]) - 60
+        control.should_training_stop |= bool(warned) or Path(env["FLCTL_STOP"]).exists()
 
 
-def trainer_of(folder):
-    batch, seed = options["batch"], int(env["FLCTL_SEED"]) % 2**32
-    arguments = {"per_device_train_batch_size": batch, "per_device_eval_batch_size": batch, "seed": seed}
-    arguments |= {"output_dir": env["FLCTL_CHECKPOINT"], "save_strategy": "no", "report_to": [], "disable_tqdm": True}
-    arguments = TrainingArguments(max_steps=asked, learning_rate=options["lr"], **arguments)
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
-    return Trainer(model, arguments, train_dataset=rows[held:], eval_dataset=rows[:held], callbacks=[StopInTime()])
-
-
-def score(trainer):
+def score():
     loss = trainer.evaluate()["eval_loss"]
-    return {"loss": loss, "perplexity": math.exp(loss), "tokens": held * (length - 1)}
+    return {"loss": loss, "perplexity": math.exp(loss), "tokens": held * (n - 1)}
 
 
-folders, length = env["FLCTL_SUBJECTS"].splitlines() or [env["FLCTL_MODEL"]], options["length"]
-text = "\n".join(path.read_text() for path in sorted(Path(env["FLCTL_DATA"]).rglob("*.txt")))
+n, text = options["length"], "\n".join(path.read_text() for path in sorted(Path(env["FLCTL_DATA"]).rglob("*.txt")))
 ids = AutoTokenizer.from_pretrained(env["FLCTL_MODEL"])(text, verbose=False)["input_ids"]
-rows = [ids[start : start + length] for start in range(0, len(ids) - length + 1, length)]
-rows, held = [{"input_ids": row, "labels": row} for row in rows], max(1, len(rows) // 10)  # held: for evaluation
-if order["work"] == "evaluate":
-    names = [subject["name"] for subject in order["subjects"]]
-    metrics = {"evaluation": {name: score(trainer_of(folder)) for name, folder in zip(names, folders, strict=True)}}
-else:
-    trainer = trainer_of(folders[0])
-    evaluation = {"base": score(trainer)}
-    trainer.train()
-    trainer.save_model(out)
-    steps = trainer.state.global_step
-    samples = steps * trainer.args.train_batch_size * trainer.args.world_size
-    metrics = {"steps": steps, "samples": samples, "tokens": samples * length}
-    metrics["evaluation"] = evaluation | {"trained": score(trainer)}
-if int(env.get("RANK", 0)) == 0:  # torchrun, accelerate: the first of several processes
-    (out / "metrics.json").write_text(json.dumps(metrics))
+rows = [{"input_ids": ids[at : at + n], "labels": ids[at : at + n]} for at in range(0, len(ids) - n + 1, n)]
+held, sizes = max(1, len(rows) // 10), {"per_device_train_batch_size": options["batch"], "seed": int(env["FLCTL_SEED"])}
+asked = {"max_steps": int(env["FLCTL_STEPS"]), "learning_rate": options["lr"], "save_strategy": "no", "report_to": []}
+model = AutoModelForCausalLM.from_pretrained(env["FLCTL_MODEL"], dtype="auto")
+arguments = TrainingArguments(env["FLCTL_CHECKPOINT"], **asked, **sizes)
+trainer = Trainer(model, arguments, train_dataset=rows[held:], eval_dataset=rows[:held], callbacks=[StopInTime()])
+base = score()
+trainer.train()
+trainer.save_model(env["FLCTL_OUT"])
+samples = (steps := trainer.state.global_step) * options["batch"]
+metrics = {"steps": steps, "samples": samples, "tokens": samples * n, "evaluation": {"base": base, "trained": score()}}
+Path(env["FLCTL_OUT"], "metrics.json").write_text(json.dumps(metrics))

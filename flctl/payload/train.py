@@ -25,6 +25,7 @@ import resource
 import shutil
 import signal
 import socket
+import subprocess
 import sys
 import tempfile
 import time
@@ -84,6 +85,7 @@ OPTIONS: dict[str, tuple[Any, tuple[Any, ...], str]] = {
     "dp_noise_multiplier": (0.0, (0.0, math.inf), "DP-SGD: noise in units of dp_clip; 0: no DP-SGD"),
     "dp_clip": (1.0, (0.0, math.inf), "DP-SGD: highest norm of one sequence's gradient"),
     "dp_delta": (1e-5, (0.0, 1.0), "DP-SGD: the delta for which epsilon is told"),
+    "dp_epsilon": (0.0, (0.0, math.inf), "DP-SGD: no step that would make the site's epsilon larger; 0: no limit"),
     "format": ("text", ("text", "alpaca"), "text, packed; or instruction, input, output with the loss on the output"),
     "text_field": ("text", (), "the field of a record that holds the text"),
     "validation": (0.1, (0.0, 0.9), "part of the data kept from training"),
@@ -1349,7 +1351,6 @@ class Training:
         self.base: list[torch.Tensor] = []  # the weights that the run began from, where the objective needs them
         self.ours: list[torch.Tensor] = []  # SCAFFOLD's c_k and c
         self.all: list[torch.Tensor] = []
-        self.privacy: list[list[float]] = []  # [noise, sampling rate, steps] of this site's runs
         if options["activation_checkpointing"]:
             loaded.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         if options["dp_noise_multiplier"]:
@@ -1713,27 +1714,46 @@ def into_place(part: Path, folder: Path, card: str, steps: int | None) -> None:
         write_whole(folder.parent / "progress", str(steps))
 
 
-def spent_privacy(training: Training, kept: Kept) -> float:
-    """Epsilon at dp_delta of all that this site's runs have let out, by Renyi accounting (Mironov 2017); the weights
-    alone are covered, not the metrics. Written down before anything leaves."""
-    from opacus.accountants import RDPAccountant
+class Privacy:
+    """What this site's runs of DP-SGD have let out, in privacy.json beside its state: [run, attempt, noise multiplier,
+    sampling rate, steps] of each. Epsilon by Renyi accounting (Mironov 2017, opacus); it covers the weights alone, not
+    the metrics."""
 
-    path = (kept.state or Path(asked("FLCTL_OUT")).parent) / "privacy.json"
-    history = json.loads(path.read_text()) if path.exists() else []
-    history = [entry for entry in history if entry[:2] != [kept.number, kept.attempt]]
-    history.append(
-        [
-            kept.number,
-            kept.attempt,
-            training.options["dp_noise_multiplier"],
-            training.sampling_rate,
-            training.done.steps,
-        ]
-    )
-    write_whole(path, json.dumps(history))
-    accountant = RDPAccountant()
-    accountant.history = [tuple(entry[2:]) for entry in history]
-    return float(accountant.get_epsilon(delta=training.options["dp_delta"]))
+    def __init__(self, training: Training, kept: Kept) -> None:
+        self.path = (kept.state or Path(asked("FLCTL_OUT")).parent) / "privacy.json"
+        self.delta, self.limit = training.options["dp_delta"], training.options["dp_epsilon"]
+        self.noise, self.clip = training.options["dp_noise_multiplier"], training.options["dp_clip"]
+        self.rate, self.run = training.sampling_rate, [kept.number, kept.attempt]
+        history = json.loads(self.path.read_text()) if self.path.exists() else []
+        self.before = [entry for entry in history if entry[:2] != self.run]
+
+    def epsilon(self, steps: int) -> float:
+        """After so many steps of this run too."""
+        from opacus.accountants import RDPAccountant
+
+        accountant = RDPAccountant()
+        accountant.history = [tuple(entry[2:]) for entry in self.before]
+        accountant.history += [(self.noise, self.rate, steps)] if steps else []
+        return float(accountant.get_epsilon(delta=self.delta)) if accountant.history else 0.0
+
+    def allowed(self, steps: int) -> int:
+        """As many of the steps as the limit leaves."""
+        if not self.limit or self.epsilon(steps) <= self.limit:
+            return steps
+        low, high = 0, steps  # epsilon(high) is too much
+        while high - low > 1:
+            middle = (low + high) // 2
+            low, high = (middle, high) if self.epsilon(middle) <= self.limit else (low, middle)
+        if not low or self.epsilon(0) > self.limit:
+            words = f"the data's privacy is spent: one more step makes epsilon larger than {self.limit:g}"
+            raise Refused("options", f"{words} (train.dp_epsilon)")
+        return low
+
+    def spend(self, steps: int) -> dict[str, float]:
+        """Written down before anything leaves."""
+        write_whole(self.path, json.dumps([*self.before, [*self.run, self.noise, self.rate, steps]]))
+        told = {"delta": self.delta, "noise_multiplier": self.noise, "clip": self.clip, "sampling_rate": self.rate}
+        return {"epsilon": self.epsilon(steps), **told, "steps": steps}
 
 
 # What comes out
@@ -1767,6 +1787,8 @@ def train(order: dict[str, Any], options: Options, world: World) -> dict[str, An
     training, kept = Training(loaded, store, options, ask, world), Kept(order, world)
     kept.inherit(training)
     kept.resume(training)
+    if options["dp_noise_multiplier"]:
+        ask.steps = Privacy(training, kept).allowed(ask.steps)
     training.run(kept if kept.checkpoints else None)
     return finish(training, kept, before, out)
 
@@ -1780,7 +1802,7 @@ def finish(training: Training, kept: Kept, before: dict[str, float] | None, out:
     kept.leave(training)
     metrics: dict[str, Any] = {"samples": done.samples, "tokens": done.tokens, "steps": done.steps}
     if options["dp_noise_multiplier"]:
-        metrics["epsilon"] = spent_privacy(training, kept)
+        metrics["privacy"] = Privacy(training, kept).spend(done.steps)
         loaded.run.to_standard_module()
     loaded.run = loaded.model
     save(loaded, out, world)
@@ -1825,6 +1847,18 @@ def speed(training: Training) -> dict[str, Any]:
     if peak:
         figures["mfu"] = rate * flops / (peak * world.size)
     return figures
+
+
+def energy() -> dict[str, int]:
+    """Joules of the job so far, of all its steps, where Slurm counts them (AcctGatherEnergyType)."""
+    job = os.environ.get("SLURM_JOB_ID", "")
+    words = ["sstat", "--noheader", "--parsable2", "--allsteps", "--format=ConsumedEnergyRaw", f"--jobs={job}"]
+    try:
+        told = subprocess.run(words, capture_output=True, text=True, timeout=20, check=True).stdout if job else ""
+    except (OSError, subprocess.SubprocessError):
+        return {}
+    joules = sum(int(line) for line in told.split() if line.isdecimal())
+    return {"energy": joules} if joules else {}
 
 
 def device_name(world: World) -> str:
@@ -1898,6 +1932,7 @@ def work(world: World) -> None:
         if not lacks_memory(error):
             raise
         raise out_of_memory(error, options, world) from error
+    metrics |= energy() if world.first else {}
     metrics["device"] = device_name(world)
     metrics["seconds"] = round(time.monotonic() - BEGAN, 3)
     if world.first:
