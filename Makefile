@@ -28,9 +28,10 @@ demo: setup
 testbed-packages:
 	@$(BIN)/python -m tests.testbed packages
 
-# Three at a time, because most of them wait: see tests/conftest.py for what keeps out of each other's way.
+# Three at a time, because most of them wait: see tests/conftest.py for what keeps out of each other's way. What fails
+# beside others is run once more alone, and only what fails then fails.
 test: setup-test testbed-packages
-	$(BIN)/python -m pytest -n 3 --no-loadscope-reorder
+	$(BIN)/python -m pytest -n 3 --no-loadscope-reorder || $(BIN)/python -m pytest --last-failed --last-failed-no-failures none
 
 lint: setup-test
 	$(BIN)/ruff check flctl tests bench examples

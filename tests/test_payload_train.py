@@ -332,6 +332,8 @@ def test_no_data_is_refused(trainer, tmp_path):
         trainer.find_files(tmp_path)
     with pytest.raises(trainer.Refused, match=r"no data: .* is neither a folder nor a file"):
         trainer.find_files(tmp_path / "absent")
+    with pytest.raises(trainer.Refused, match=r"unreadable data: .*File name too long"):
+        trainer.find_files(tmp_path / ("a" * 300))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -412,6 +414,31 @@ def test_validation_and_training_share_no_passage_and_lose_none(trainer, model, 
     assert {passage for passage in passages if passage in trained} == set(passages) - set(held)
     assert sum(map(len, held)) + len(trained) == sum(map(len, documents))
     assert 0.1 < sum(map(len, held)) / sum(map(len, documents)) < 0.3
+
+
+def test_the_end_token_stands_where_a_text_ends_or_validation_took_a_passage_and_nowhere_else(
+    trainer, model, data, tmp_path
+):
+    (tmp_path / "data").mkdir()
+    documents = [path.read_text() * 3 for path in sorted(data.iterdir())]
+    for place, document in enumerate(documents):
+        (tmp_path / f"data/{place:04}.txt").write_text(document)
+    tokenizer, options = trainer.load_tokenizer(str(model)), trainer.read_options(TRAIN)
+    trainer.build_store(tmp_path / "store", "d", trainer.find_files(tmp_path / "data"), tokenizer, options)
+    store = trainer.Store.open(tmp_path / "store")
+    text = tokenizer.decode(store.tokens[: int(store.validation[0][0])].tolist())
+    pieces = text.split("<|end|>")[:-1]
+    expected = []
+    for document in documents:
+        piece = ""
+        for passage in trainer.cut_passages(document):
+            if trainer.Sample(passage).place < options["validation"]:
+                expected += [piece] if piece else []
+                piece = ""
+            else:
+                piece += passage
+        expected += [piece] if piece else []
+    assert pieces == expected
 
 
 def test_the_split_does_not_depend_on_the_order_of_the_documents(trainer, model, data, tmp_path):

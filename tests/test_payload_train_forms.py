@@ -1,9 +1,11 @@
 """The reference trainer's forms of data, adapters, and local objectives."""
 
+import contextlib
 import importlib.util
 import json
 import math
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -14,6 +16,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 import torch
+import torch.distributed as dist
 import transformers
 
 from flctl.campaign.corpora import write_corpus
@@ -85,6 +88,25 @@ def test_unreadable_records_are_refused_without_quoting_them(trainer, model, tmp
     parts.save_to_disk(tmp_path / "c")
     with pytest.raises(trainer.Refused, match="none is called `train`"):
         list(trainer.read_documents(tmp_path / "c", options))
+    (tmp_path / "d").mkdir()
+    for name in ("dataset_info.json", "state.json"):
+        (tmp_path / "d" / name).write_text("{}")
+    (tmp_path / "e.jsonl").write_text("[" * 200_000)
+    for name in ("d", "e.jsonl"):
+        with pytest.raises(trainer.Refused, match=r"unreadable data: .* cannot be read"):
+            list(trainer.read_documents(tmp_path / name, options))
+
+
+def test_instructions_longer_than_a_sequence_are_left_out_which_is_said(trainer, model, tmp_path, monkeypatch, capsys):
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, RECORDS)))
+    monkeypatch.setenv("FLCTL_DATA", str(tmp_path / "a.jsonl"))
+    options = trainer.read_options({"format": "alpaca", "sequence_length": 16})
+    with pytest.raises(trainer.Refused, match=r"within 16 tokens; raise train\.sequence_length"):
+        trainer.read_data(str(model), options, trainer.World())
+    long = RECORDS[0] | {"instruction": "lungo " * 1000, "output": "mai"}
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, [*RECORDS, long])))
+    trainer.read_data(str(model), options | {"sequence_length": 400, "validation": 0.0}, trainer.World())
+    assert "1 records are left out" in capsys.readouterr().out
 
 
 def test_instructions_have_the_prompts_of_alpaca_and_the_loss_on_the_answer_only(trainer, model, tmp_path):
@@ -137,10 +159,10 @@ def test_a_tokenizer_with_more_tokens_than_the_model_is_refused(model, data, tmp
 # Adapters
 
 
-def write_adapter(base: Path, folder: Path) -> None:
+def write_adapter(base: Path, folder: Path, **more: Any) -> None:
     torch.manual_seed(3)
     model = transformers.AutoModelForCausalLM.from_pretrained(base)
-    settings = peft.LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
+    settings = peft.LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM", **more)
     peft.get_peft_model(model, settings).save_pretrained(folder)
 
 
@@ -163,6 +185,19 @@ def test_an_adapter_is_trained_alone_and_the_same_by_one_and_two_processes(model
     assert len(changed) == sum("lora_B" in name for name, _ in opened.named_parameters())
 
 
+def test_an_adapter_with_a_module_of_its_own_is_trained_too(data, tmp_path):
+    base, adapter = tmp_path / "base", tmp_path / "adapter"
+    write_tiny_model(base, seed=1, tied=False)
+    write_adapter(base, adapter, modules_to_save=["lm_head"])
+    runs = []
+    for name, launch in (("one", ()), ("two", (*MPIEXEC, "2"))):
+        runs.append(Site(tmp_path / name, data).run(adapter, launch, {"lr": 0.05}, frozen=base, steps=3))
+        assert runs[-1].status == 0, runs[-1].error
+    assert runs[0].metrics["train_loss"] == pytest.approx(runs[1].metrics["train_loss"], rel=EXACT)
+    assert apart(runs[0].out, runs[1].out) < 1e-4
+    assert apart(runs[0].out, adapter) > 1e-2
+
+
 def test_a_run_of_an_adapter_goes_on_from_its_checkpoint(model, data, tmp_path):
     write_adapter(model, tmp_path / "adapter")
     train = {"lr": 0.05, "checkpoint_minutes": 1e-9}
@@ -181,6 +216,78 @@ def test_four_bits_without_a_gpu_are_refused(model, data, tmp_path):
     ended = Site(tmp_path / "site", data).run(tmp_path / "adapter", (), {"quantize": "4bit"}, frozen=model)
     assert ended.status == 1
     assert 'train.py: error [options]: train.quantize = "4bit" needs a GPU' in ended.error
+
+
+# What is held at a time
+
+
+def test_gradients_are_sharded_after_each_pass(trainer, model, data, tmp_path, monkeypatch):
+    """Between the passes of a step no process holds the gradient of the whole model."""
+    options = trainer.read_options({"batch": 4, "micro_batch": 2, "sequence_length": 32})
+    monkeypatch.setenv("FLCTL_DATA", str(data))
+    world = trainer.World()
+    store = trainer.read_data(str(model), options, world)
+    with process_group():
+        loaded = trainer.Loaded(trainer.load_shards(str(model), "", options, world)[0], {}, whole=False)
+        loaded.run = loaded.model
+        ask = trainer.Ask(steps=1, behind=0, total=1, version=0, deadline=math.inf, spare=0.0, seed=1)
+        training = trainer.Training(loaded, store, options, ask, world)
+        training._backward([0, 1], 128, 4, last=False)
+        assert all(hasattr(weight.grad, "placements") for weight in training.weights)
+
+
+@contextlib.contextmanager
+def process_group() -> Iterator[None]:
+    """Of this process alone."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("kind", ["LlamaConfig", "GPTNeoXConfig", "GPT2Config", "GemmaConfig"])
+def test_a_sharded_model_computes_and_is_written_as_transformers_does(kind, trainer, tmp_path):
+    """Buffers that no file holds (rotary's), tied weights, and a name that transformers changes when it loads."""
+    sizes = {"vocab_size": 40, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    sizes |= {"num_key_value_heads": 2, "head_dim": 8} if kind == "GemmaConfig" else {}
+    config = getattr(transformers, kind)(**sizes, bos_token_id=1, eos_token_id=2, max_position_embeddings=32)
+    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "base")
+    base = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base").eval()
+    ids = torch.arange(24)[None]
+    world = trainer.World()
+    with process_group(), torch.no_grad():
+        model, names = trainer.load_shards(str(tmp_path / "base"), "", trainer.read_options({}), world)
+        stored = trainer.stored_dtypes(tmp_path / "base")
+        expected = base(input_ids=ids).logits
+        assert torch.equal(model.eval()(input_ids=ids).logits, expected)
+        (tmp_path / "out").mkdir()
+        trainer.save(trainer.Loaded(model, stored, False, names=names), tmp_path / "out", world)
+    assert trainer.stored_dtypes(tmp_path / "out") == stored
+    with torch.no_grad():
+        again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
+        assert torch.equal(again(input_ids=ids).logits, expected)
+
+
+def test_an_evaluation_holds_one_model_at_a_time(trainer, model, data, tmp_path, monkeypatch):
+    import weakref
+
+    loads, held = trainer.load, []
+
+    def load(*words: Any) -> Any:
+        assert [each for each in held if each() is not None] == []
+        loaded = loads(*words)
+        held.append(weakref.ref(loaded.model))
+        return loaded
+
+    monkeypatch.setattr(trainer, "load", load)
+    monkeypatch.setenv("FLCTL_DATA", str(data))
+    monkeypatch.setenv("FLCTL_SUBJECTS", f"{model}\n{model}")
+    options = trainer.read_options({"batch": 4, "sequence_length": 32, "validation_batches": 1})
+    order = {"subjects": [{"name": "a"}, {"name": "b"}]}
+    found = trainer.evaluate_subjects(order, options, trainer.World())["evaluation"]
+    assert found["a"] == found["b"]
+    assert len(held) == 2
 
 
 # Local objectives
@@ -268,6 +375,24 @@ def test_scaffold_goes_on_with_its_controls_in_the_next_round(model, data, tmp_p
     assert "SCAFFOLD's control variates begin anew" in missed.log
 
 
+def test_a_weight_that_the_loss_does_not_reach_is_no_hindrance(make, trainer, tmp_path, monkeypatch):
+    training = make(optimizer="adamw", mu=0.1)
+    unused = torch.nn.Parameter(torch.ones(3))
+    training.trained["unused"] = unused
+    training.weights.append(unused)
+    training.base.append(unused.detach().clone())
+    training.step()
+    monkeypatch.setenv("FLCTL_CHECKPOINT", str(tmp_path / "checkpoint"))
+    (tmp_path / "checkpoint").mkdir()
+    kept = trainer.Kept({}, trainer.World())
+    assert kept.checkpoint(training)
+    again = make(optimizer="adamw", mu=0.1)
+    trainer.Kept({}, trainer.World()).resume(again)
+    assert again.done.steps == 1
+    state = again.optimizer.state[again.weights[0]]
+    assert torch.equal(state["exp_avg"], training.optimizer.state[training.weights[0]]["exp_avg"])
+
+
 def test_dp_sgd_clips_each_sequences_gradient_and_accounts_for_what_it_let_out(make, trainer, tmp_path, monkeypatch):
     """With next to no noise: w - lr / batch * sum of g_i / max(1, |g_i| / C), whatever the size of a pass (Abadi et al.
     2016)."""
@@ -291,6 +416,19 @@ def test_dp_sgd_clips_each_sequences_gradient_and_accounts_for_what_it_let_out(m
             total += part * clip / norm
     for before, after, total in zip(begun, values(training), expected, strict=True):
         assert torch.allclose(after - before, -0.1 / 4 * total, atol=1e-7)
+
+
+def test_a_step_of_dp_sgd_whose_draw_is_empty_is_noise_alone(make, monkeypatch):
+    training = make(dp_noise_multiplier=0.5, dp_clip=1.0)
+    training.loaded.model.train()
+    for places in ([], [0, 1], []):
+        monkeypatch.setattr(training, "places", lambda places=places: places)
+        begun = values(training)
+        assert math.isfinite(training.step()[0])
+        moved = torch.cat([(after - before).flatten() for before, after in zip(begun, values(training), strict=True)])
+        # lr / batch * noise of deviation 0.5 * clip; the two sequences add at most lr / batch * 2 clips in all
+        assert float(moved.std()) == pytest.approx(0.1 / 4 * 0.5, rel=0.05)
+    assert training.done.samples == 2
 
 
 def test_dp_sgd_reports_the_epsilon_of_all_its_runs(model, data, tmp_path):

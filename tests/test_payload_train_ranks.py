@@ -131,12 +131,12 @@ def test_losses_do_not_depend_on_the_number_of_processes(launch, train, alone, m
 
 
 def test_hybrid_sharding_over_two_nodes_of_two_processes_is_the_same_too(alone, model, data, tmp_path):
-    """Two torchruns stand for two nodes: shards within each, copies across."""
+    """Two torchruns stand for two nodes: shards within each, copies across. Each does its part in two passes."""
     port = free_port()
     site = Site(tmp_path, data)
     words = ("--nnodes", "2", "--nproc-per-node", "2", "--master-addr", "127.0.0.1", "--master-port", str(port))
     nodes = [(TORCHRUN[0], "--node-rank", str(node), *words) for node in (1, 0)]
-    processes = [site.begin(model, node, {"sharding": "hybrid"}) for node in nodes]
+    processes = [site.begin(model, node, {"sharding": "hybrid", "micro_batch": 1}) for node in nodes]
     ended = [site.end(process) for process in processes]
     assert [each.status for each in ended] == [0, 0], ended[0].error + ended[1].error
     assert ended[1].metrics["processes"] == 4
@@ -229,6 +229,37 @@ def test_a_run_killed_and_continued_equals_an_uninterrupted_one(launch, model, d
         assert again.metrics[key] == whole.metrics[key]
     assert again.metrics["train_loss"] == pytest.approx(whole.metrics["train_loss"], rel=EXACT)
     assert apart(again.out, whole.out) < 1e-4
+    assert again.metrics["sources"].keys() == whole.metrics["sources"].keys()
+    for name, source in whole.metrics["sources"].items():
+        assert again.metrics["sources"][name]["tokens"] == source["tokens"]
+        assert again.metrics["sources"][name]["loss"] == pytest.approx(source["loss"], rel=EXACT)
+
+
+def test_a_checkpoint_that_cannot_be_written_does_not_cost_the_run(model, data, tmp_path):
+    (tmp_path / "file").touch()
+    site = Site(tmp_path, data)
+    ended = site.run(
+        model, (*MPIEXEC, "2"), {"checkpoint_minutes": 1e-9}, steps=3, checkpoint=tmp_path / "file" / "below"
+    )
+    assert ended.status == 0, ended.error
+    assert "goes on without" in ended.log
+    assert ended.metrics["steps"] == 3
+
+
+def test_a_file_that_one_process_cannot_write_is_refused_by_all(data, tmp_path, monkeypatch):
+    """The second of two files is the second process's; the first one does not wait for it."""
+    base = tmp_path / "base"
+    write_tiny_model(base, seed=1)
+    small = tmp_path / "train.py"
+    blocked = 'path.with_name(f".{path.name}.part")\n    path.name.startswith("model-00002") and part.mkdir()'
+    text = TRAINER.read_text().replace("FILE_MOST = 4 << 30", "FILE_MOST = 100_000")
+    head, pieces, rest = text.partition("def write_pieces")
+    small.write_text(head + pieces + rest.replace('path.with_name(f".{path.name}.part")', blocked, 1))
+    monkeypatch.setattr("tests.test_payload_train_ranks.TRAINER", small)
+    ended = Site(tmp_path / "site", data).run(base, (*MPIEXEC, "2"), {"keep_state": False}, steps=1)
+    assert ended.status != 0
+    assert "train.py: error [model]: cannot write the model" in ended.error
+    assert "Traceback" not in ended.error
 
 
 def test_sigterm_leaves_a_checkpoint_and_says_so(model, data, tmp_path):

@@ -86,7 +86,7 @@ def _ranks(site: "Site") -> Iterator[str]:
             here = dotted(("shapes", name, "cpus"))
             yield f"{here}: {shape.cpus} per node cannot be shared evenly by ranks = {shape.ranks}"
     used = site.shapes.get(site.scheduler.shape)
-    if used and used.nodes * used.ranks > 1 and not (words or environment.trainer):
+    if used and used.nodes * used.ranks > 1 and not (words or environment.trainer or site.train.get("command")):
         yield (
             f"environment.launch: must say what starts the {used.nodes * used.ranks} processes of "
             f"{dotted(('shapes', site.scheduler.shape))}, such as "

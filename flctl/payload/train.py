@@ -30,7 +30,7 @@ import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
@@ -107,7 +107,7 @@ GRACE = 5.0  # seconds that a final evaluation may still take after a signal
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 CODES = {dtype: name for name, dtype in DTYPES.items()}
 FILE_MOST = 4 << 30  # bytes of one written safetensors file, unless one tensor is larger
-STORE = 1  # of the layout of the tokens kept at the site
+STORE = 2  # of the layout of the tokens kept at the site
 # Dense bf16 (V100: fp16) FLOP/s of one device as torch counts them, from the vendors' data sheets.
 PEAKS = {"H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "GH200": 989e12, "A100": 312e12, "A40": 149.7e12,
          "L40S": 362e12, "V100": 125e12, "MI300X": 1307e12, "MI300A": 981e12, "MI250X": 191.5e12,
@@ -226,6 +226,11 @@ class World:
     def wait(self) -> None:
         if self.size > 1:
             self.sum(0.0)  # a barrier of the CPU's backend
+
+    def agree(self, problem: OSError | None) -> None:
+        """What went wrong in one process is raised in all of them: none goes on alone, none waits for it."""
+        if self.sum(float(problem is not None))[0]:
+            raise problem or OSError("another process could not write")
 
     def tell(self, value: Any) -> Any:
         """What the first process says, to all."""
@@ -357,10 +362,12 @@ def what_stops() -> str:
 
 @dataclass
 class Sample:
-    """A passage of text, or an instruction with its answer. `prompt`: what the loss leaves out."""
+    """A passage of text, or an instruction with its answer. `prompt`: what the loss leaves out; `ends`: whether the end
+    token follows."""
 
     text: str
     prompt: str = ""
+    ends: bool = True
 
     @property
     def place(self) -> float:
@@ -371,12 +378,22 @@ class Sample:
 def find_files(place: Path) -> list[Path]:
     """The data files at or below `place`, and the folders that `datasets` saved, hidden ones left out, in an order that
     is the same everywhere."""
-    if place.is_file():
-        return [place]
-    if not place.is_dir():
-        raise Refused("data", f"no data: {place} is neither a folder nor a file")
+    try:
+        if place.is_file():
+            return [place]
+        if not place.is_dir():
+            raise Refused("data", f"no data: {place} is neither a folder nor a file")
+        return files_below(place)
+    except OSError as error:
+        raise Refused("data", f"unreadable data: {error.filename or place}: {error.strerror}") from None
+
+
+def files_below(place: Path) -> list[Path]:
+    def refuse(error: OSError) -> None:
+        raise error
+
     found: list[Path] = []
-    for folder, folders, names in os.walk(place):
+    for folder, folders, names in os.walk(place, onerror=refuse):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         if {"dataset_info.json", "state.json"} <= set(names) or "dataset_dict.json" in names:
             found.append(Path(folder))
@@ -442,7 +459,8 @@ def read_documents(path: Path, options: Options) -> Iterator[Sample]:
         raise Refused("data", f"unreadable data: {path} is not UTF-8 (byte {error.start})") from None
     except OSError as error:
         raise Refused("data", f"unreadable data: {path}: {error.strerror or type(error).__name__}") from None
-    except ValueError as error:  # pyarrow's and datasets' own; their words could quote the data
+    except (ValueError, LookupError, TypeError, RuntimeError) as error:  # json's, pyarrow's and datasets' own, whose
+        # words could quote the data
         raise Refused("data", f"unreadable data: {path} cannot be read ({type(error).__name__})") from None
 
 
@@ -505,17 +523,21 @@ class Validation:
         return sorted(((-place, sample) for place, _, sample in self._lowest), key=lambda item: (item[0], item[1].text))
 
 
-def stretches(document: Sample, split: Validation, length: int) -> Iterator[str]:
-    """What the validation leaves of a text: passages that lie together stay so, up to about a sequence."""
-    text = ""
+def stretches(document: Sample, split: Validation, length: int) -> Iterator[Sample]:
+    """What the validation leaves of a text, in pieces of up to about a sequence; passages that lie together stay so, and
+    only the last piece of them ends with the end token."""
+    text, begun = "", False
     for passage in cut_passages(document.text):
         kept = split.takes(Sample(passage))
         text += "" if kept else passage
-        if text and (kept or len(text) >= 4 * length):
-            yield text
-            text = ""
-    if text:
-        yield text
+        if kept and (text or begun):
+            yield Sample(text)
+            text, begun = "", False
+        elif len(text) >= 4 * length:
+            yield Sample(text, ends=False)
+            text, begun = "", True
+    if text or begun:
+        yield Sample(text)
 
 
 class Packed:
@@ -526,9 +548,7 @@ class Packed:
         self.packs = options["format"] == "text"
         self.end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
         self.count = self.highest = self.skipped = 0
-        self.rows: list[
-            tuple[int, int, int, int]
-        ] = []  # of instructions: first token, tokens, those of the prompt, source
+        self.rows: list[tuple[int, int, int, int]] = []  # of instructions: as in `table`
         self.sources: list[tuple[int, int]] = []  # of text: (first token, source), where the source changes
 
     def add(self, samples: list[Sample], source: int) -> None:
@@ -536,8 +556,8 @@ class Packed:
         prompts = [[]] * len(samples) if self.packs else self._ids([sample.prompt for sample in samples])
         if self.packs and (not self.sources or self.sources[-1][1] != source):
             self.sources.append((self.count, source))
-        for prompt, ids in zip(prompts, texts, strict=True):
-            tokens = prompt + ids + self.end
+        for sample, prompt, ids in zip(samples, prompts, texts, strict=True):
+            tokens = prompt + ids + (self.end if sample.ends else [])
             if not self.packs:
                 tokens = tokens[: self.length + 1]
                 if len(prompt) >= len(tokens):
@@ -616,6 +636,12 @@ def build_store(folder: Path, digest: str, files: list[Path], tokenizer: Any, op
         if counts is None:  # a small corpus gives more, until its validation has a sequence
             split = Validation(math.nextafter(least_bound(split, tokenizer, options), 1.0), most, least)
             counts = fill_store(part, split, files, tokenizer, options)
+        if (counts is None or not counts["training"]) and options["format"] == "alpaca":
+            raise Refused(
+                "data",
+                "too few records: no two, one for training and one for validation, begin their answer within "
+                f"{options['sequence_length']} tokens; raise train.sequence_length or give more",
+            )
         if counts is None or not counts["training"]:
             raise Refused(
                 "data",
@@ -645,7 +671,9 @@ def fill_store(
                     del waiting[:64]
             training.add(waiting, source)
         validation = Packed(file, tokenizer, options, start=training.count)
-        validation.add([sample for place, sample in split.samples() if place < split.bound], 0)
+        held = [sample for place, sample in split.samples() if place < split.bound]
+        for start in range(0, len(held), 64):
+            validation.add(held[start : start + 64], 0)
     if not validation.has_row:
         return None
     for name, packed in (("training", training), ("validation", validation)):
@@ -660,7 +688,7 @@ def fill_store(
 def left_over(document: Sample, split: Validation, options: Options) -> list[Sample]:
     if options["format"] == "alpaca":
         return [] if split.takes(document) else [document]
-    return [Sample(text) for text in stretches(document, split, options["sequence_length"])]
+    return list(stretches(document, split, options["sequence_length"]))
 
 
 def least_bound(split: Validation, tokenizer: Any, options: Options) -> float:
@@ -702,6 +730,9 @@ def read_data(model: str, options: Options, world: World) -> Store:
             for other in kept.glob("data-*"):
                 shutil.rmtree(other, ignore_errors=True)
             build_store(target, digest, files, tokenizer, options)
+        skipped = json.loads((target / "card.json").read_text())["skipped"]
+        if skipped:
+            world.say(f"{skipped} records are left out: their instruction alone is as long as a sequence")
         folder = str(target)
     if world.store is not None:  # the first one may take long
         if world.first:
@@ -757,13 +788,15 @@ class Cursor:
 @dataclass
 class Loaded:
     """A model ready to run. `stored`: the tensors its folder holds, by their names there, with their dtypes; `whole`:
-    this process holds all of it; `run`: what is called to compute with it."""
+    this process holds all of it; `run`: what is called to compute with it; `names`: stored name -> the model's own,
+    where they differ."""
 
     model: Any
     stored: dict[str, torch.dtype | None]
     whole: bool
     run: Any = None
     adapter: bool = False
+    names: dict[str, str] = field(default_factory=dict)
 
     def weights(self) -> dict[str, torch.nn.Parameter]:
         """All parameters by name, each name of a tied one; of a sharded model the shards."""
@@ -793,7 +826,8 @@ def load(folder: str, options: Options, world: World) -> Loaded:
         raise Refused("model", f"the model {folder} has no safetensors weights")
     shards = sharding(options, world)
     if shards:
-        loaded = Loaded(load_shards(frozen or folder, folder if frozen else "", options, world), stored, False)
+        model, names = load_shards(frozen or folder, folder if frozen else "", options, world)
+        loaded = Loaded(model, stored, False, names=names)
     else:
         model = load_whole(frozen or folder, options, world.device, frozen=bool(frozen))
         loaded = Loaded(adapted(model, folder) if frozen else model, stored, True)
@@ -889,9 +923,9 @@ def without_weights() -> Iterator[None]:
         torch.nn.Module.register_parameter = register  # type: ignore[method-assign]
 
 
-def load_shards(folder: str, adapter: str, options: Options, world: World) -> Any:
-    """The model sharded over the processes (FSDP2), each layer a unit: of every tensor each process reads its own rows
-    from the safetensors files and nothing else."""
+def load_shards(folder: str, adapter: str, options: Options, world: World) -> tuple[Any, dict[str, str]]:
+    """The model sharded over the processes (FSDP2), each layer a unit, and how the folder's names differ from the
+    model's: of every tensor each process reads its own rows from the safetensors files and nothing else."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
@@ -900,6 +934,7 @@ def load_shards(folder: str, adapter: str, options: Options, world: World) -> An
         with without_weights(), torch.device("cpu"):
             model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
             model.tie_weights()
+            names = renamed(model, stored_dtypes(folder))
             if adapter:
                 peft = peft_library()
                 settings = peft.PeftConfig.from_pretrained(adapter)
@@ -921,27 +956,50 @@ def load_shards(folder: str, adapter: str, options: Options, world: World) -> An
         if type(module).__name__ in layers:
             fully_shard(module, mesh=mesh, mp_policy=policy)
     fully_shard(model, mesh=mesh, mp_policy=policy)
-    fill_shards(model, Tensors(folder), Tensors(adapter) if adapter else None)
+    try:
+        fill_shards(model, Tensors(folder, names), Tensors(adapter) if adapter else None)
+    except (OSError, SafetensorError) as error:
+        raise Refused("model", f"cannot load the model {folder}: {one_line(error)}") from None
     for module in model.modules():
         for name, buffer in module._buffers.items():
             module._buffers[name] = buffer.to(world.device) if buffer is not None else None
-    return model
+    return model, names
+
+
+def renamed(model: Any, stored: Iterable[str]) -> dict[str, str]:
+    """Stored name -> the model's own, of tensors that transformers renames when it loads (`embed_out` of GPT-NeoX is
+    its lm_head)."""
+    weights = dict(model.named_parameters(remove_duplicate=False))
+    odd = [name for name in stored if name not in weights]
+    if not odd:
+        return {}
+    try:
+        from transformers.conversion_mapping import get_model_conversion_mapping
+        from transformers.core_model_loading import WeightRenaming, rename_source_key
+    except ImportError:  # an older 5.x, which renames nothing
+        return {}
+    renamings = [each for each in get_model_conversion_mapping(model) if isinstance(each, WeightRenaming)]
+    names = {name: rename_source_key(name, renamings, [], model.base_model_prefix, weights)[0] for name in odd}
+    return {name: own for name, own in names.items() if own in weights}
 
 
 class Tensors:
-    """The tensors of a folder's safetensors files, read where they are asked for."""
+    """The tensors of a folder's safetensors files, read where they are asked for. `names`: stored name -> that by which
+    one is asked for, where they differ."""
 
-    def __init__(self, folder: str | Path) -> None:
+    def __init__(self, folder: str | Path, names: dict[str, str] | None = None) -> None:
         self.folder, self.files = str(folder), {}
+        self.stored = {own: name for name, own in (names or {}).items()}
         for path in sorted(Path(folder).glob("*.safetensors")):
             file = safe_open(path, framework="pt")
             self.files.update(dict.fromkeys(file.keys(), file))
 
     def __contains__(self, name: str) -> bool:
-        return name in self.files
+        return self.stored.get(name, name) in self.files
 
     def like(self, name: str, weight: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """The tensor, placed over the processes as `weight` is: of a sharded one, only this process's rows are read."""
+        name = self.stored.get(name, name)
         piece = self.files[name].get_slice(name)
         if list(piece.get_shape()) != list(weight.shape):
             raise Refused(
@@ -977,7 +1035,8 @@ def fill_shards(model: Any, base: Tensors, adapter: Tensors | None) -> None:
         if stored not in source:
             stored = next((other for other in tied_names(model, name, adapter) if other in source), "")
         if not stored:
-            raise Refused("model", f"the model {source.folder} is not whole: {name} is missing")
+            words = 'or transformers puts it together when it loads, which goes with train.sharding = "none"'
+            raise Refused("model", f"the model {source.folder} is not whole: {name} is missing; {words}")
         filled[name] = torch.nn.Parameter(source.like(stored, weight), requires_grad=weight.requires_grad)
     groups: dict[int, list[str]] = {}
     for name, weight in model.named_parameters(remove_duplicate=False):
@@ -990,17 +1049,20 @@ def fill_shards(model: Any, base: Tensors, adapter: Tensors | None) -> None:
 
 
 def source_of(name: str, base: Tensors, adapter: Tensors) -> tuple[Tensors, str]:
-    """Where a parameter of a peft model is kept: an adapter's without the name of the adapter, the base's without what
-    peft puts around it."""
-    if ".lora_" in name:
-        return adapter, name.replace(".default", "")
-    return base, name.removeprefix("base_model.model.").replace(".base_layer", "")
+    """Where a parameter of a peft model is kept: an adapter's (factors, modules_to_save, biases) without its own
+    name, the base's without what peft puts around it."""
+    own = name.replace(".modules_to_save.default", "").replace(".default", "")
+    return (adapter, own) if own in adapter or ".lora_" in name else (base, of_base(name))
+
+
+def of_base(name: str) -> str:
+    return name.removeprefix("base_model.model.").replace(".base_layer", "").replace(".original_module", "")
 
 
 def tied_names(model: Any, name: str, adapter: Tensors | None) -> list[str]:
     weights = dict(model.named_parameters(remove_duplicate=False))
     names = [other for other, weight in weights.items() if weight is weights[name] and other != name]
-    return [other.removeprefix("base_model.model.").replace(".base_layer", "") for other in names] if adapter else names
+    return [of_base(other) for other in names] if adapter else names
 
 
 def stored_dtypes(folder: str | Path) -> dict[str, torch.dtype | None]:
@@ -1067,13 +1129,13 @@ def save_shards(loaded: Loaded, out: Path, world: World) -> None:
     """Tensor by tensor: no process holds more than one of them whole."""
     stored, weights = loaded.stored, loaded.weights()
     if loaded.adapter:
-        named = {name.replace(".default", ""): weight for name, weight in weights.items() if ".lora_" in name}
+        named = peft_library().get_peft_model_state_dict(loaded.model, weights, save_embedding_layers=False)
         odd = sorted(named.keys() ^ stored.keys())
     else:
-        named = weights
-        held = {id(named[name]) for name in stored if name in named}
-        odd = sorted(set(stored) - set(named)) + sorted(
-            name for name, weight in named.items() if id(weight) not in held
+        named = {name: weights[own] for name in stored if (own := loaded.names.get(name, name)) in weights}
+        held = {id(weight) for weight in named.values()}
+        odd = sorted(stored.keys() - named.keys()) + sorted(
+            name for name, weight in weights.items() if id(weight) not in held
         )
     if odd:
         raise odd_tensor(odd[0])
@@ -1105,28 +1167,43 @@ def write_tensors(folder: Path, stem: str, tensors: dict[str, tuple[torch.Tensor
     titles = [
         f"{stem}-{at + 1:05}-of-{count:05}.safetensors" if count > 1 else f"{stem}.safetensors" for at in range(count)
     ]
+    problem: OSError | None = None
     for at, (title, names) in enumerate(zip(titles, files, strict=True)):
-        part = folder / f".{title}.part"
-        mine = at % world.size == world.rank
-        file = part.open("wb") if mine else None
-        if file:
-            file.write(header_of({name: (tensors[name][0].shape, tensors[name][1]) for name in names}))
-        for name in names:
-            value, dtype = tensors[name]
-            value = value.detach()
-            whole = value.full_tensor() if hasattr(value, "full_tensor") else value
-            if file:
-                file.write(memoryview(whole.to(dtype).cpu().contiguous().reshape(-1).view(torch.uint8).numpy()))
-        if file:
-            file.flush()
-            os.fsync(file.fileno())
-            file.close()
-            part.replace(folder / title)
-    if count > 1 and world.first:
+        pieces = pieces_of({name: tensors[name] for name in names})
+        try:
+            if at % world.size == world.rank:
+                write_pieces(folder / title, pieces)
+        except OSError as error:
+            problem = error
+        for _ in pieces:  # of the other processes' files, and after an error: to put a tensor together takes all
+            pass
+    if count > 1 and world.first and not problem:
         places = {name: title for title, names in zip(titles, files, strict=True) for name in names}
         index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": places}
-        write_whole(folder / f"{stem}.safetensors.index.json", json.dumps(index, indent=1))
-    world.wait()
+        try:
+            write_whole(folder / f"{stem}.safetensors.index.json", json.dumps(index, indent=1))
+        except OSError as error:
+            problem = error
+    world.agree(problem)
+
+
+def pieces_of(tensors: dict[str, tuple[torch.Tensor, torch.dtype]]) -> Iterator[tuple[torch.Tensor, torch.dtype]]:
+    """What a file of these tensors holds: its header, and each of them whole, with the dtype to write."""
+    header = header_of({name: (value.shape, dtype) for name, (value, dtype) in tensors.items()})
+    yield torch.frombuffer(bytearray(header), dtype=torch.uint8), torch.uint8
+    for value, dtype in tensors.values():
+        value = value.detach()
+        yield (value.full_tensor() if hasattr(value, "full_tensor") else value), dtype
+
+
+def write_pieces(path: Path, pieces: Iterator[tuple[torch.Tensor, torch.dtype]]) -> None:
+    part = path.with_name(f".{path.name}.part")
+    with part.open("wb") as file:
+        for value, dtype in pieces:
+            file.write(memoryview(value.to(dtype).cpu().contiguous().reshape(-1).view(torch.uint8).numpy()))
+        file.flush()
+        os.fsync(file.fileno())
+    part.replace(path)
 
 
 def header_of(tensors: dict[str, tuple[Any, torch.dtype]]) -> bytes:
@@ -1348,6 +1425,9 @@ class Training:
                 entry = sources.setdefault(str(int(self.store.training[place][3])), [0.0, 0.0])
                 entry[0] += loss
                 entry[1] += self.store.counted(self.store.training, [place])
+        if options["dp_noise_multiplier"] and not places:  # a draw may be empty: then the step is noise alone
+            for weight in self.weights:
+                weight.grad_sample = weight.new_zeros((0, *weight.shape))
         norm = self._update()
         (total,) = world.sum(lost)
         loss = total / max(1, tokens)
@@ -1368,8 +1448,8 @@ class Training:
         rows = self.store.rows(self.store.training, some)
         private = bool(self.options["dp_noise_multiplier"])
         run = self.loaded.run
-        if not self.loaded.whole:
-            self.loaded.model.set_requires_gradient_sync(last)
+        if not self.loaded.whole:  # gradients are sharded after each pass: whole ones would be 4 bytes a parameter
+            self.loaded.model.set_requires_all_reduce(last)  # between nodes (hybrid) once a step
         quiet = run.no_sync() if hasattr(run, "no_sync") and not last and not private else contextlib.nullcontext()
         with quiet:
             losses = losses_of(self.loaded, rows, self.options, self.world)
@@ -1388,13 +1468,15 @@ class Training:
         """Clip, correct and step; the gradient's norm before clipping."""
         options = self.options
         for weight, before in zip(self.weights, self.base, strict=True) if options["mu"] else ():
-            weight.grad.add_(weight.detach() - before, alpha=options["mu"])  # of mu / 2 |w - w0|^2 (Li et al. 2020)
+            if weight.grad is not None:  # of mu / 2 |w - w0|^2 (Li et al. 2020)
+                weight.grad.add_(weight.detach() - before, alpha=options["mu"])
         limit = options["clip"] if options["clip"] and not options["dp_noise_multiplier"] else math.inf
         given = [weight for weight in self.weights if weight.grad is not None]
         norm = torch.nn.utils.clip_grad_norm_(given, limit) if given else torch.zeros(())
         norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
         for weight, ours, every in zip(self.weights, self.ours, self.all, strict=True) if self.ours else ():
-            weight.grad.add_(every).sub_(ours)  # g - c_k + c (Karimireddy et al. 2020)
+            if weight.grad is not None:
+                weight.grad.add_(every).sub_(ours)  # g - c_k + c (Karimireddy et al. 2020)
         self.optimizer.step()
         self.optimizer.zero_grad()
         return float(norm)
@@ -1403,6 +1485,13 @@ class Training:
         """SCAFFOLD, option II: c_k <- c_k - c + (w - w_k) / sum of the steps' rates."""
         for weight, before, ours, every in zip(self.weights, self.base, self.ours, self.all, strict=True):
             ours.sub_(every).add_((before - weight.detach()) / max(self.done.rates, 1e-30))
+
+    def sources(self) -> dict[str, list[float]]:
+        """Source -> [sum of losses, tokens], of all processes."""
+        names = [str(at) for at in range(len(self.store.sources))]
+        flat = self.world.sum(*(value for name in names for value in self.done.sources.get(name, (0.0, 0.0))))
+        pairs = zip(names, flat[::2], flat[1::2], strict=True)
+        return {name: [sum_, count] for name, sum_, count in pairs if count}
 
     def run(self, saved: "Kept | None") -> None:
         """Up to ask.steps steps, fewer after a signal or when the next one would not leave ask.spare seconds before the
@@ -1421,7 +1510,8 @@ class Training:
                 reason = what_stops() if asked_at is not None or not signals else "a signal to another process"
                 world.say(f"{reason} ends the training after {done.steps} of {ask.steps} steps")
                 if saved is not None and done.steps and "SIGTERM" in reason_of(world, reason):
-                    saved.checkpoint(self)
+                    if not saved.checkpoint(self):
+                        raise Refused("time", f"SIGTERM ended the job, and its {done.steps} steps could not be kept")
                     raise Refused("time", f"SIGTERM ended the job: {done.steps} steps are in its checkpoint")
                 break
             if dues and saved is not None and done.steps:
@@ -1465,17 +1555,23 @@ class Kept:
         self.world, self.checkpoints, self.state = world, folder_of("FLCTL_CHECKPOINT"), folder_of("FLCTL_STATE")
         self.number, self.attempt = int(order.get("number", 1)), int(order.get("attempt", 1))
         self.continues = order.get("continues")
+        self.saved = 0  # steps in the newest checkpoint
 
-    def checkpoint(self, training: Training) -> None:
+    def checkpoint(self, training: Training) -> bool:
+        """Whether it was written: a full disk is no reason to lose the run itself."""
         if self.checkpoints is None:
-            return
+            return False
         steps = training.done.steps
-        self._write(self.checkpoints / f"step-{steps:08}", training, weights=True)
+        if steps == self.saved:
+            return True
+        if not self._write(self.checkpoints / f"step-{steps:08}", training, weights=True):
+            return False
+        self.saved = steps
         if self.world.first:
-            write_whole(self.checkpoints / "progress", str(steps))
             for other in sorted(self.checkpoints.glob("step-*"))[:-1]:
                 shutil.rmtree(other, ignore_errors=True)
         self.world.say(f"checkpoint after {steps} steps")
+        return True
 
     def resume(self, training: Training) -> None:
         """Go on from what an earlier attempt at this run left."""
@@ -1485,6 +1581,8 @@ class Kept:
             return
         card, tensors = self._read(Path(folder))
         training.done = Done(**card["done"])
+        if not self.world.first:
+            training.done.sources = {}  # the first one has the sums of all
         if card["data"] == training.store.digest:
             training.cursor = Cursor(training.cursor.rows, **card["cursor"])
         with torch.no_grad():
@@ -1493,6 +1591,7 @@ class Kept:
         self._moments(training, card, tensors)
         for kind, values in (("ours", training.ours), ("all", training.all)):
             self._fill(kind, values, training, tensors)
+        self.saved = training.done.steps
         self.world.say(f"goes on after {training.done.steps} steps of an earlier attempt")
 
     def inherit(self, training: Training) -> None:
@@ -1532,42 +1631,59 @@ class Kept:
             return
         self._write(self.state / f"run-{self.number:04}-{self.attempt}", training, weights=False)
         least = self.number if self.continues is None else int(self.continues)
-        for other in self.state.glob("run-*") if self.world.first else ():
-            if int(other.name[4:8]) < least:
+        for other in self.state.glob("*run-*") if self.world.first else ():  # .run-*.part: killed while it wrote
+            if int(other.name.lstrip(".")[4:8]) < least:
                 shutil.rmtree(other, ignore_errors=True)
 
-    def _write(self, folder: Path, training: Training, *, weights: bool) -> None:
+    def _write(self, folder: Path, training: Training, *, weights: bool) -> bool:
+        """Whether it could be written; the log says why not."""
         part = folder.with_name(f".{folder.name}.part")
-        if self.world.first:
-            shutil.rmtree(part, ignore_errors=True)
-            part.mkdir(parents=True)
-        self.world.wait()
-        kinds = {"weights": training.weights} if weights else {"base": training.base if training.ours else []}
-        kinds |= {"ours": training.ours, "all": training.all}
+        try:
+            self._by_first(lambda: fresh(part))
+            tensors = self._tensors(training, weights=weights)
+            if tensors:
+                write_tensors(part, "state", tensors, self.world)
+            card = json.dumps(self._card(training))
+            self._by_first(lambda: into_place(part, folder, card, training.done.steps if weights else None))
+        except OSError as error:
+            self.world.say(f"cannot write {folder}, and goes on without: {one_line(error)}")
+            if self.world.first:
+                shutil.rmtree(part, ignore_errors=True)
+            return False
+        return True
+
+    def _by_first(self, action: Callable[[], None]) -> None:
+        problem: OSError | None = None
+        try:
+            if self.world.first:
+                action()
+        except OSError as error:
+            problem = error
+        self.world.agree(problem)
+
+    def _tensors(self, training: Training, *, weights: bool) -> dict[str, tuple[torch.Tensor, torch.dtype]]:
+        kinds: dict[str, list[Any]] = {"ours": training.ours, "all": training.all}
+        kinds |= {"weights": training.weights} if weights else {"base": training.base if training.ours else []}
         state = training.optimizer.state
-        for kind in ("exp_avg", "exp_avg_sq"):
-            kinds[kind] = [state[weight][kind] for weight in training.weights if kind in state.get(weight, {})]
-        tensors = {
+        for kind in ("exp_avg", "exp_avg_sq"):  # a weight that the loss does not reach has none
+            kinds[kind] = [state.get(weight, {}).get(kind) for weight in training.weights]
+        return {
             f"{kind}/{name}": (value, torch.float32)
             for kind, values in kinds.items()
             for name, value in (zip(training.trained, values, strict=True) if values else ())
+            if value is not None
         }
-        if tensors:
-            write_tensors(part, "state", tensors, self.world)
-        if self.world.first:
-            first = state.get(training.weights[0], {})
-            card = {
-                "done": training.done.__dict__,
-                "cursor": training.cursor.card(),
-                "data": training.store.digest,
-                "version": training.ask.version,
-                "private": bool(training.options["dp_noise_multiplier"]),
-                "moments": int(first.get("step", 0)) if kinds["exp_avg"] else 0,
-            }
-            write_whole(part / "card.json", json.dumps(card))
-            shutil.rmtree(folder, ignore_errors=True)
-            part.rename(folder)
-        self.world.wait()
+
+    def _card(self, training: Training) -> dict[str, Any]:
+        steps = [int(entry["step"]) for entry in training.optimizer.state.values() if "step" in entry]
+        return {
+            "done": training.done.__dict__ | {"sources": training.sources()},
+            "cursor": training.cursor.card(),
+            "data": training.store.digest,
+            "version": training.ask.version,
+            "private": bool(training.options["dp_noise_multiplier"]),
+            "moments": max(steps, default=0),
+        }
 
     def _read(self, folder: Path) -> tuple[dict[str, Any], Tensors]:
         try:
@@ -1591,6 +1707,20 @@ class Kept:
     def _fill(self, kind: str, values: list[torch.Tensor], training: Training, tensors: Tensors) -> None:
         for (name, weight), value in zip(training.trained.items(), values, strict=True) if values else ():
             value.copy_(tensors.like(f"{kind}/{name}", weight))
+
+
+def fresh(folder: Path) -> None:
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+
+
+def into_place(part: Path, folder: Path, card: str, steps: int | None) -> None:
+    """Give what was written its name, and of a checkpoint say how far it got."""
+    write_whole(part / "card.json", card)
+    shutil.rmtree(folder, ignore_errors=True)
+    part.rename(folder)
+    if steps is not None:
+        write_whole(folder.parent / "progress", str(steps))
 
 
 class Privacy:
@@ -1700,10 +1830,8 @@ def of_sources(training: Training) -> dict[str, Any]:
     """Mean training loss of each file, by its number in the log: names stay at the site."""
     names = training.store.sources[:64]
     training.world.say("sources: " + ", ".join(f"{at} is {name}" for at, name in enumerate(names)))
-    sums = [training.done.sources.get(str(at), [0.0, 0.0]) for at in range(len(names))]
-    flat = training.world.sum(*(value for pair in sums for value in pair)) if sums else []
-    pairs = zip(flat[::2], flat[1::2], strict=True)
-    return {str(at): {"loss": sum_ / count, "tokens": int(count)} for at, (sum_, count) in enumerate(pairs) if count}
+    found = list(training.sources().items())
+    return {name: {"loss": sum_ / count, "tokens": int(count)} for name, (sum_, count) in found if int(name) < 64}
 
 
 def speed(training: Training) -> dict[str, Any]:
@@ -1765,6 +1893,8 @@ def evaluate_subjects(order: dict[str, Any], options: Options, world: World) -> 
         if not found[name]:
             raise Refused("time", f"{what_stops()} came before {name} was evaluated")
         world.say(f"{name} perplexity {found[name]['perplexity']:.3f}")
+        del loaded  # one at a time: before the next is there
+        gc.collect()
     return {"evaluation": found}
 
 
@@ -1802,7 +1932,7 @@ def work(world: World) -> None:
     if options["threads"]:
         torch.set_num_threads(options["threads"])
     elif world.local_size > 1 and "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // world.local_size))
+        torch.set_num_threads(max(1, min(len(os.sched_getaffinity(0)), (os.cpu_count() or 1) // world.local_size)))
     task = {"train": train, "evaluate": evaluate_subjects}.get(order.get("work", "train"))
     if task is None:
         raise Refused("options", f"the order asks for {order['work']!r}, which this trainer does not know")
@@ -1827,8 +1957,9 @@ def main() -> int:
         work(world)
         world.wait()
         world.leave()
-    except Refused as reason:
-        print(f"train.py: error [{reason.kind}]: {reason}", file=sys.stderr, flush=True)
+    except (Refused, OSError) as reason:  # OSError: a full disk and the like
+        kind = f" [{reason.kind}]" if isinstance(reason, Refused) else ""
+        print(f"train.py: error{kind}: {one_line(reason)}", file=sys.stderr, flush=True)
         if world.mpi is not None:
             world.mpi.COMM_WORLD.Abort(1)
         return 1
