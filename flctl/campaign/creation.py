@@ -112,7 +112,7 @@ def _program(trainer: Path) -> str:
     """The name of a trainer's file."""
     if trainer.suffix != ".py" or not re.fullmatch(r"[\w.+-]+", trainer.name, re.ASCII) or not trainer.is_file():
         raise ConfigurationError(
-            f"{trainer} is no file NAME.py",
+            f"{trainer} is {'no file NAME.py' if trainer.exists() else 'not there'}",
             hint="other programs: name one in Python first, then see train.command in docs/configuration.md",
         )
     return trainer.name

@@ -34,7 +34,7 @@ def open_source(files: Sequence[Path], field: str) -> Source:
     for path in files:
         if path.suffix.lower() not in SUFFIXES or not path.is_file():
             raise ConfigurationError(
-                f"{path}: no file of {' or '.join(SUFFIXES)}",
+                f"{path}: {'no file of ' + ' or '.join(SUFFIXES) if path.exists() else 'is not there'}",
                 hint="one JSON object per line in a .jsonl file, or a .parquet file",
             )
     if len(suffixes) > 1:

@@ -40,8 +40,11 @@ def parsed(text: str) -> Lora:
     found: dict[str, str] = {}
     for part in filter(None, text.split(",")):
         key, equals, value = part.partition("=")
-        if not equals or not value or key in found:
-            raise UsageError(f"--lora: {part!r} is no KEY=VALUE, or is there twice", hint=HINT)
+        if not equals or not value:
+            joined = "; several targets are joined with +" if "targets" in found else ""
+            raise UsageError(f"--lora: {part!r} is no KEY=VALUE{joined}", hint=HINT)
+        if key in found:
+            raise UsageError(f"--lora: {key} is there twice", hint=HINT)
         found[key] = value
     keys = {"r", "alpha", "dropout", "targets"}
     if unknown := sorted(found.keys() - keys):

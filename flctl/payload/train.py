@@ -524,8 +524,8 @@ class Validation:
 
 
 def stretches(document: Sample, split: Validation, length: int) -> Iterator[Sample]:
-    """What the validation leaves of a text, in pieces of up to about a sequence; passages that lie together stay so, and
-    only the last piece of them ends with the end token."""
+    """What the validation leaves of a text, in pieces of up to about a sequence; passages that lie together stay so,
+    and only their last piece ends with the end token."""
     text, begun = "", False
     for passage in cut_passages(document.text):
         kept = split.takes(Sample(passage))
