@@ -160,7 +160,7 @@ def test_losses_that_decide_are_refused_with_noise_and_where_nothing_is_evaluate
     file.write_text(text.replace("steps = 4", "steps = 4\nvalidation = 0"))
     profile = single.place / "sites" / "brno.toml"
     check_validation(workspace, load_configuration(workspace), ["brno"])  # a trainer of its own
-    profile.write_text("".join(line for line in profile.read_text().splitlines(True) if "trainer =" not in line))
+    profile.write_text("".join(line for line in profile.read_text().splitlines(True) if "command =" not in line))
     with pytest.raises(ConfigurationError, match=r"train\.validation is 0 at brno"):
         check_validation(workspace, load_configuration(workspace), ["brno"])
 
