@@ -198,7 +198,9 @@ def test_no_longer_than_the_profile_allows(place: Place) -> None:
 
 
 def test_a_tick_says_so_when_the_connection_is_gone(place: Place) -> None:
-    (place.place / "sites" / "delta.toml").write_text(toml(place.profile | {"train": {**place.profile["train"], "seconds": 6}}))
+    (place.place / "sites" / "delta.toml").write_text(
+        toml(place.profile | {"train": {**place.profile["train"], "seconds": 6}})
+    )
     place.login()
     place.flctl("campaign", "start", "--rounds", "1")
     place.tick_until(lambda: {"queued", "running"} & {run["stage"] for run in place.json("status")["data"]["runs"]})
