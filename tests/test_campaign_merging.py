@@ -388,7 +388,7 @@ WRONG: dict[str, tuple[str, str, str]] = {
     "impossible_value": ('rule = "trimmed_mean"\noptions = {beta = 0.5}', "aggregation.options", "below 0.5"),
     "asynchronous": ('rule = "fedasync"', "aggregation.rule", "asynchronous policy"),
     "buffered": ('rule = "fedbuff"', "aggregation.rule", "fedavg does what it does"),
-    "adapters": ('rule = "fedavg"\nadapters = "svd"', "aggregation.adapters", "unknown key"),
+    "adapters": ('rule = "fedavg"\nadapters = "svd"', "aggregation.adapters", "are no adapters"),
 }
 
 
