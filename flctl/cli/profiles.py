@@ -164,12 +164,11 @@ def _shapes(site: "Site") -> Grid:
     from flctl.campaign.profiles import shapes_of
     from flctl.facility.script import clock
 
-    grid = Grid(("shape", "nodes", "ranks", "gpus", "cpus", "walltime", "queue", "options"))
+    grid = Grid(("shape", "nodes", "gpus", "cpus", "walltime", "queue", "options"))
     for name, shape in shapes_of(site).items():
         grid.add(
             name + (" *" if name == site.scheduler.shape else ""),
-            str(shape.nodes),
-            str(shape.ranks),
+            str(shape.nodes) + (f" x {shape.ranks}" if shape.ranks > 1 else ""),  # nodes x ranks
             str(shape.gpus or ""),
             str(shape.cpus or ""),
             clock(shape.walltime),
