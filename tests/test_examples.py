@@ -29,7 +29,7 @@ def test_doe_runs_behind_pbs_and_without_a_scheduler(tmp_path: Path, capsys: pyt
         assert seen["0001"]["perplexity"] < seen["base"]["perplexity"]
         assert f"{seen['0001']['perplexity']:.2f}" in rows[3]
     for path in place.rglob("*"):
-        assert path.suffix not in (".jsonl", ".txt"), "no text came home"
+        assert path.suffix not in (".jsonl", ".txt") or path.name == "journal.jsonl", "no text came home"
 
 
 def test_the_chemistry_follows_from_its_rules() -> None:
