@@ -1,5 +1,6 @@
 """The testbed's Unix accounts: each with a home that nobody else can read, each without a password."""
 
+import fcntl
 import os
 import pwd
 import shutil
@@ -48,6 +49,12 @@ def account(name: str, *, shell: str = "/bin/bash") -> Account:
     home = HOMES / name
     for folder in (STATE, HOMES):
         folder.mkdir(mode=0o755, parents=True, exist_ok=True)
+    with (STATE / "accounts.lock").open("w") as lock:  # beside another test run's
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        return _account(name, home, shell)
+
+
+def _account(name: str, home: Path, shell: str) -> Account:
     try:
         entry = pwd.getpwnam(name)
     except KeyError:
