@@ -110,7 +110,8 @@ def test_what_the_trainer_saves_passes_the_gates_of_every_base(written: tuple[st
     for writer in WRITERS:
         base, out = root / writer / "0", tmp_path / writer
         out.mkdir()
-        train.save_model(train.load_model(str(base), torch.device("cpu")), train.stored_dtypes(str(base)), out)
+        world = train.World()
+        train.save(train.load(str(base), train.read_options({}), world), out, world)
         assert check(out, base, site="brno").update_norm == 0.0
 
 
@@ -118,10 +119,11 @@ def test_the_trainer_still_refuses_a_base_with_tensors_that_are_not_the_models(t
     torch.manual_seed(0)
     model = CLASSES["llama"].from_config(CONFIGS["llama"]())
     save(model, tmp_path / "base", "every name")
-    more = {**train.stored_dtypes(str(tmp_path / "base")), "rotary.inv_freq": torch.float32}
+    loaded, world = train.load(str(tmp_path / "base"), train.read_options({}), train.World()), train.World()
+    loaded.stored["rotary.inv_freq"] = torch.float32
     (tmp_path / "out").mkdir()
     with pytest.raises(train.Refused, match=r"other tensors than the base holds \(rotary.inv_freq\)"):
-        train.save_model(model, more, tmp_path / "out")
+        train.save(loaded, tmp_path / "out", world)
 
 
 # What is tied, and what is not

@@ -128,7 +128,8 @@ def test_what_a_site_was_told_to_train_with_adds_nothing_else(
 
 
 def test_one_site_alone_does_not_have_contributions_travel(rebuilt: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
-    evaluates = {**ORDER, "work": "evaluate"}
+    subjects = [{"name": "0001", "sha256": "0" * 64}, {"name": "linz-0001-1", "sha256": "0" * 64}]
+    evaluates = {**ORDER, "work": "evaluate", "subjects": subjects}
     orders = [("brno", ORDER), ("pisa", ORDER), ("brno", evaluates)]
     assert filled(rebuilt, monkeypatch, orders)["evaluation"]["cross"] is False
     assert filled(rebuilt, monkeypatch, [*orders, ("pisa", evaluates)])["evaluation"]["cross"] is True

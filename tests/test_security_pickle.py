@@ -14,6 +14,8 @@ class Poisoned:
     def __init__(self, *arguments, **options):
         raise SystemExit("a pickle was read")
 
+    load = __init__  # dill, which torch imports where it is, looks at it
+
 def poisoned(*arguments, **options):
     raise SystemExit("a pickle was read")
 

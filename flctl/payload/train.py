@@ -17,6 +17,7 @@ import difflib
 import gc
 import hashlib
 import heapq
+import importlib
 import json
 import math
 import os
@@ -107,7 +108,7 @@ GRACE = 5.0  # seconds that a final evaluation may still take after a signal
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 CODES = {dtype: name for name, dtype in DTYPES.items()}
 FILE_MOST = 4 << 30  # bytes of one written safetensors file, unless one tensor is larger
-STORE = 2  # of the layout of the tokens kept at the site
+STORE = 3  # of the layout of the tokens kept at the site
 # Dense bf16 (V100: fp16) FLOP/s of one device as torch counts them, from the vendors' data sheets.
 PEAKS = {"H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "GH200": 989e12, "A100": 312e12, "A40": 149.7e12,
          "L40S": 362e12, "V100": 125e12, "MI300X": 1307e12, "MI300A": 981e12, "MI250X": 191.5e12,
@@ -439,7 +440,7 @@ def read_records(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
 
 def needed(name: str, path: Path) -> Any:
     try:
-        return __import__(name, fromlist=["_"])
+        return importlib.import_module(name)
     except ImportError:
         raise Refused("data", f"reading {path} needs {name.partition('.')[0]}, which this Python lacks") from None
 
@@ -604,7 +605,10 @@ class Store:
     def open(cls, folder: Path) -> "Store":
         card = json.loads((folder / "card.json").read_text())
         tokens = np.memmap(folder / "tokens.bin", dtype="<u4", mode="r")
-        training, validation = (np.load(folder / f"{name}.npy", mmap_mode="r") for name in ("training", "validation"))
+        training, validation = (
+            np.memmap(folder / f"{name}.bin", dtype="<i8", mode="r").reshape(-1, 4)
+            for name in ("training", "validation")
+        )
         return cls(card["digest"], tokens, training, validation, card["highest"], card["sources"])
 
     def rows(self, table: Any, places: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -677,7 +681,7 @@ def fill_store(
     if not validation.has_row:
         return None
     for name, packed in (("training", training), ("validation", validation)):
-        np.save(part / f"{name}.npy", packed.table())
+        (part / f"{name}.bin").write_bytes(packed.table().astype("<i8").tobytes())
     return {
         "highest": max(training.highest, validation.highest),
         "training": int(training.has_row),
@@ -875,7 +879,7 @@ def quantized(frozen: bool, device: torch.device) -> dict[str, Any]:
     if device.type != "cuda":
         raise Refused("options", 'train.quantize = "4bit" needs a GPU')
     try:
-        __import__("bitsandbytes")
+        importlib.import_module("bitsandbytes")
     except ImportError:
         raise Refused("options", 'train.quantize = "4bit" needs bitsandbytes, which this Python lacks') from None
     settings = transformers.BitsAndBytesConfig(
