@@ -31,7 +31,8 @@ testbed-packages:
 # Three at a time, because most of them wait: see tests/conftest.py for what keeps out of each other's way. What fails
 # beside others is run once more alone, and only what fails then fails.
 test: setup-test testbed-packages
-	$(BIN)/python -m pytest -n 3 --no-loadscope-reorder || $(BIN)/python -m pytest --last-failed --last-failed-no-failures none
+	$(BIN)/python -m pytest -n 3 --no-loadscope-reorder || \
+		{ [ $$? -eq 1 ] && $(BIN)/python -m pytest --last-failed --last-failed-no-failures none; }
 
 lint: setup-test
 	$(BIN)/ruff check flctl tests bench examples
